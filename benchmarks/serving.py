@@ -1,0 +1,84 @@
+"""Starts the servers that the benchmarks measure, as they are deployed: processes of their own."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pullback as pb
+
+HERE = Path(__file__).parent
+
+
+class Running(NamedTuple):
+    """A server that serves: where, its process, and its metrics."""
+
+    target: str
+    process: subprocess.Popen[bytes]
+    metrics: str
+
+    def mean_seconds(self) -> dict[str, tuple[float, float]]:
+        """Sum and count of each stage so far, and of whole requests as "request"."""
+        with urllib.request.urlopen(self.metrics, timeout=10) as answer:
+            text = answer.read().decode()
+        found: dict[str, tuple[float, float]] = {}
+        for family, name in (("stage", r'stage="(\w+)"'), ("request", "")):
+            pattern = rf"^pullback_{family}_duration_seconds_(sum|count)\{{[^}}]*{name}[^}}]*\}} (.+)$"
+            for groups in re.findall(pattern, text, re.MULTILINE):
+                kind, value = groups[0], float(groups[-1])
+                key = groups[1] if name else "request"
+                total, count = found.get(key, (0.0, 0.0))
+                found[key] = (total + value, count) if kind == "sum" else (total, count + value)
+        return found
+
+
+@contextmanager
+def child(script: str) -> Iterator[str]:
+    """A server of this folder that prints its port and ends when its standard input does; gives its target."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        yield f"127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.stdin.close()
+        process.wait(10)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def pullback_server(*arguments: str) -> Iterator[Running]:
+    """`pullback-server serve ARGUMENTS` on free ports, once it serves."""
+    port, metrics_port = free_port(), free_port()
+    command = [sys.executable, "-m", "pullback_server.cli", "serve", *arguments]
+    command += ["--port", str(port), "--metrics-port", str(metrics_port), "--log-level", "warning"]
+    process = subprocess.Popen(command)
+    try:
+        with pb.connect(f"127.0.0.1:{port}", timeout=2) as client:
+            for _ in range(600):
+                if process.poll() is not None:
+                    raise SystemExit(f"the server ended with status {process.returncode}")
+                try:
+                    client.ping()
+                    break
+                except pb.errors.PullbackError:
+                    time.sleep(0.1)
+        yield Running(f"127.0.0.1:{port}", process, f"http://127.0.0.1:{metrics_port}/metrics")
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,0 +1,109 @@
+"""How a call of a `RemoteModel` goes: names, request, answer, and the signature that names need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+
+from pullback import errors
+from pullback._info import ModelInfo, model_info
+from pullback._naming import Named
+from pullback._request import Common, Draft
+from pullback._results import Answer
+from pullback._transport import Transport
+from pullback_wire import MODEL_METHODS, WireError
+from pullback_wire.v1 import gradient_service_pb2 as pb
+from pullback_wire.v1 import model_service_pb2
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+
+class Caller:
+    """Makes the calls of one model. version: empty: the latest that is ready."""
+
+    def __init__(self, transport: Transport, name: str, version: str) -> None:
+        self._transport = transport
+        self.name = name
+        self.version = version
+        self._info: ModelInfo | None = None
+
+    @property
+    def target(self) -> str:
+        """Where calls go."""
+        return self._transport.address.target
+
+    def info(self) -> ModelInfo:
+        """The model's signature, asked for once."""
+        info = self._info
+        if info is None:
+            request = model_service_pb2.GetModelRequest(name=self.name, version=self.version)
+            response, _ = self._transport.call(
+                MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), None
+            )
+            info = self._info = model_info(response.model)
+        return info
+
+    @contextmanager
+    def draft(self, name: str, inputs: Any, common: Common) -> Iterator[Draft]:
+        """A request of the RPC `name`, to be filled in and asked while the context lasts."""
+        try:
+            yield Draft(name, self.name, self.version, inputs, common, self.info)
+        except errors.BadName:
+            # The model may have another signature by now; the next call asks.
+            self._info = None
+            raise
+
+    def vjp(
+        self,
+        draft: Draft,
+        wrt: str | Sequence[str] | None,
+        *,
+        allow_unused: bool,
+        batched: bool,
+        max_norm: float | None,
+        return_outputs: bool,
+        timeout: float | None,
+    ) -> tuple[Named, Any, Any]:
+        """ComputeVjp: gradients by name, outputs, and the norm."""
+        message = draft.message
+        draft.wrt(wrt, allow_unused)
+        message.cotangents_batched = batched
+        if max_norm is not None:
+            if not 0 < max_norm < math.inf:
+                raise ValueError(f"max_norm is {max_norm}, expected a positive number")
+            message.max_norm = max_norm
+        if not return_outputs:
+            draft.omit_outputs()
+
+        def read(answered: pb.ComputeVjpResponse, answer: Answer) -> tuple[Named, Any, Any]:
+            outputs = answer.outputs(answered.outputs, return_outputs)
+            norms = np.array(answered.norms, dtype=np.float64)
+            if max_norm is not None and not batched and len(norms) != 1:
+                raise WireError(f"one norm was asked for, {len(norms)} came", "norms")
+            norm = None if max_norm is None else norms if batched else float(norms[0])
+            return answer.named(answered.gradients, "gradients"), outputs, norm
+
+        return self.ask(draft, pb.ComputeVjpResponse, timeout, read)
+
+    def ask(self, draft: Draft, response: type[M], timeout: float | None, read: Callable[[M, Answer], R]) -> R:
+        """Sends a draft and reads the answer."""
+        what = self._what(draft.method.name.removeprefix("Compute").lower())
+        message, payloads = self._transport.call(draft.method, draft.message, draft.payloads, response, what, timeout)
+        answer = Answer(payloads)
+        try:
+            result = read(message, answer)
+            answer.finish()
+        except WireError as error:
+            raise errors.ProtocolError(
+                f"{what}: {self.target} sent an answer that contradicts itself: {error}"
+            ) from error
+        return result
+
+    def _what(self, method: str) -> str:
+        return f"model {self.name!r}: {method}"

@@ -1,0 +1,128 @@
+"""`connect` and `Client`: a server, its models, and whether it is well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+
+from pullback import errors
+from pullback._channel import TLS, Address, clean_metadata
+from pullback._info import ModelInfo, model_info
+from pullback._model import RemoteModel
+from pullback._retry import RetryPolicy
+from pullback._transport import Transport
+from pullback_wire import MODEL_METHODS
+from pullback_wire.v1 import model_service_pb2
+
+_HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+# grpc.health.v1 by hand: an empty HealthCheckRequest asks about the server as a whole, and a HealthCheckResponse is
+# one enum field. The generated messages would cost a dependency.
+_WHOLE_SERVER = b""
+_SERVING = b"\x08\x01"
+
+
+class Client:
+    """A connection to a Pullback server, made by `connect`. Usable as a context manager.
+
+    Nothing is sent before the first call. One client serves many threads; it may be pickled (with its metadata and
+    TLS settings, so treat the bytes as the secrets they hold), and a forked child gets a connection of its own. A fork
+    waits up to two seconds for calls that other threads have under way; while calls last longer than that, start
+    processes by spawn or forkserver instead, as a child forked out of a gRPC call may crash.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        return f"<pullback.Client of {self.target}{', closed' if self._transport.closed else ''}>"
+
+    @property
+    def target(self) -> str:
+        """Where calls go."""
+        return self._transport.address.target
+
+    def model(self, name: str, version: str | int | None = None) -> RemoteModel:
+        """A hosted model; version None: the latest that is ready at each call. Calls nobody.
+
+        Raises TypeError for a name that is none.
+        """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"a model is named by a str, not {name!r}")
+        return RemoteModel(self._transport, name, "" if version is None else str(version))
+
+    def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
+        """The hosted models, sorted by name, the latest version of each, without their parameter lists.
+
+        Raises PullbackError.
+        """
+        response, _ = self._transport.call(
+            MODEL_METHODS["ListModels"],
+            model_service_pb2.ListModelsRequest(),
+            (),
+            model_service_pb2.ListModelsResponse,
+            "models",
+            timeout,
+        )
+        return [model_info(model) for model in response.models]
+
+    def ping(self, *, timeout: float | None = None) -> float:
+        """Seconds of one round trip that asks whether the server serves (grpc.health.v1). Never retried.
+
+        The first one includes connecting. Raises NotReady when the server does not serve, or PullbackError.
+        """
+        began = time.perf_counter()
+        answer = self._transport.send(_HEALTH_CHECK, _WHOLE_SERVER, "ping", timeout, attempts=1)
+        seconds = time.perf_counter() - began
+        if answer != _SERVING:
+            raise errors.NotReady(f"ping: {self.target} answers, but is not serving")
+        return seconds
+
+    def close(self) -> None:
+        """Closes the connection. Calls that run, or come later, raise ClientClosed. Closing twice is harmless."""
+        self._transport.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(
+    target: str,
+    *,
+    tls: TLS | None = None,
+    timeout: float | None = 30.0,
+    connect_timeout: float = 10.0,
+    max_message_bytes: int = 256 << 20,
+    metadata: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]] = (),
+    retry: RetryPolicy | None = None,
+    name: str = "",
+) -> Client:
+    """A client of the server at `target`. Connects at its first call.
+
+    target: "host:port", "unix:/path", or any gRPC target. "dns:///host:port" spreads calls over all addresses of the
+        name (round robin), as a headless Kubernetes Service wants it. Proxies from the environment are respected,
+        except for loopback and Unix sockets.
+    tls: None: plain text; TLS() for a server with a public certificate.
+    timeout: seconds for each call and all its attempts, where the call says nothing; None: no limit.
+    connect_timeout: seconds that one attempt to connect may take.
+    max_message_bytes: of one request and of one answer; the server has a limit of its own.
+    metadata: sent with each call, e.g. {"authorization": "Bearer ..."}. Over plain text anyone on the way reads it.
+    retry: None: `RetryPolicy()`; RetryPolicy(attempts=1) for none.
+    name: who is calling, put before the user agent.
+
+    Raises ValueError for a setting that cannot be, OSError for a TLS file that cannot be read.
+    """
+    address = Address(
+        target=target,
+        tls=tls,
+        connect_timeout=connect_timeout,
+        max_message_bytes=max_message_bytes,
+        metadata=clean_metadata(metadata),
+        name=name,
+    )
+    return Client(Transport(address, timeout, RetryPolicy() if retry is None else retry))

@@ -1,0 +1,147 @@
+"""What a server says of its models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pullback_wire import dtype_name
+from pullback_wire.v1 import model_service_pb2 as pb
+from pullback_wire.v1 import tensor_pb2
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor of a model's signature looks like; str() gives "x: float32[batch, 784]".
+
+    dtype: torch's name of it; None: any that the model's code takes.
+    shape: extents; a str is a free extent with a name, and equal names mean equal extents in one call; None: any shape.
+    optional: the input may be left out.
+    minimum, maximum: inclusive bounds of the elements, which the server checks.
+    """
+
+    name: str
+    dtype: str | None
+    shape: tuple[int | str, ...] | None
+    optional: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def __str__(self) -> str:
+        shape = "[...]" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
+        text = f"{self.name}: {self.dtype or 'any'}{shape}"
+        if self.minimum is not None or self.maximum is not None:
+            low = "" if self.minimum is None else f"{self.minimum:g}"
+            high = "" if self.maximum is None else f"{self.maximum:g}"
+            text += f" in {low}..{high}"
+        return f"{text} (optional)" if self.optional else text
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    """A loss that can follow a model, by its name in torch.nn.functional.
+
+    tensors: its tensor arguments in order; the first is fed by the model's output, the others by target= and targets=.
+    optional_tensors: those among its tensor arguments that may be left out.
+    options: its other arguments, for pullback.Loss.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    optional_tensors: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        optional = [f"[{name}]" for name in self.optional_tensors]
+        required = [name for name in self.tensors if name not in self.optional_tensors]
+        return f"{self.name}({', '.join([*required, *optional, *(f'{name}=' for name in self.options)])})"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A hosted model: its signature and what it can do.
+
+    versions: every version that can be named, oldest first.
+    state: "ready", "loading", "failed" or "unloading"; state_reason says why, where it is not ready.
+    inputs: in the order of the model's code, which is the order of positional inputs.
+    outputs: where declared, or learned when the model was loaded; may be empty.
+    parameters: empty in what Client.models() returns; RemoteModel.info has them.
+    batch_axis: the axis along which rows are independent of each other; None: not declared.
+    max_order: the highest order of derivative by reverse mode that is promised (1: vjp only); None: any order.
+    forward_mode: whether jvp is available.
+    order_evidence: how that is known, or what stands against more.
+    devices: of the workers that hold the model.
+    parameter_count: how many elements the parameters have in all.
+    """
+
+    name: str
+    version: str
+    versions: tuple[str, ...]
+    state: str
+    state_reason: str
+    description: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    parameters: tuple[TensorInfo, ...] = field(repr=False)
+    batch_axis: int | None
+    losses: tuple[LossInfo, ...] = field(repr=False)
+    max_order: int | None
+    forward_mode: bool
+    order_evidence: str
+    devices: tuple[str, ...]
+    parameter_count: int
+
+    def __repr__(self) -> str:
+        state = "" if self.state == "ready" else f", {self.state}"
+        return (
+            f"<ModelInfo {self.name!r} version {self.version}{state}: ({', '.join(map(str, self.inputs))}) -> "
+            f"({', '.join(map(str, self.outputs)) or 'unknown'}), {self.parameter_count:,} parameters>"
+        )
+
+
+def model_info(message: pb.Model) -> ModelInfo:
+    """The `ModelInfo` for the contract's message."""
+    return ModelInfo(
+        name=message.name,
+        version=message.version,
+        versions=tuple(message.versions),
+        state=_state(message.state),
+        state_reason=message.state_reason,
+        description=message.description,
+        inputs=tuple(map(_tensor_info, message.inputs)),
+        outputs=tuple(map(_tensor_info, message.outputs)),
+        parameters=tuple(map(_tensor_info, message.parameters)),
+        batch_axis=message.batch_axis if message.HasField("batch_axis") else None,
+        losses=tuple(map(_loss_info, message.losses)),
+        max_order=None if message.orders.reverse < 0 else message.orders.reverse,
+        forward_mode=message.orders.forward,
+        order_evidence=message.orders.evidence,
+        devices=tuple(message.devices),
+        parameter_count=message.parameter_count,
+    )
+
+
+def _state(number: int) -> str:
+    if number not in pb.ModelState.values():
+        return f"unknown({number})"
+    return pb.ModelState.Name(number).removeprefix("MODEL_STATE_").lower()  # type: ignore[arg-type]
+
+
+def _tensor_info(spec: tensor_pb2.TensorSpec) -> TensorInfo:
+    shape = tuple(dim.symbol if dim.WhichOneof("extent") == "symbol" else dim.size for dim in spec.shape)
+    return TensorInfo(
+        name=spec.name,
+        dtype=dtype_name(spec.dtype) if spec.dtype else None,
+        shape=None if spec.any_shape else shape,
+        optional=spec.optional,
+        minimum=spec.minimum if spec.HasField("minimum") else None,
+        maximum=spec.maximum if spec.HasField("maximum") else None,
+    )
+
+
+def _loss_info(message: pb.LossSignature) -> LossInfo:
+    return LossInfo(
+        name=message.name,
+        tensors=tuple(message.tensors),
+        optional_tensors=tuple(message.optional_tensors),
+        options=tuple(message.options),
+    )

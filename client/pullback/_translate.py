@@ -1,0 +1,107 @@
+"""gRPC statuses as Pullback's exceptions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pullback import errors
+from pullback_wire import ERROR_DOMAIN
+
+if TYPE_CHECKING:
+    from google.protobuf.any_pb2 import Any as AnyMessage
+
+#: Metadata key of the serialised google.rpc.Status, by gRPC's convention.
+_DETAILS_KEY = "grpc-status-details-bin"
+#: How gRPC itself refuses a message: "SERVER: Received message larger than max (5000 vs. 1000)".
+_TOO_LARGE = re.compile(r"(CLIENT|SERVER): (Received|Sent) message larger than max \((\d+) vs\. (\d+)\)")
+#: The same from versions that do not say who speaks.
+_TOO_LARGE_SOMEWHERE = "message larger than max"
+
+
+def from_rpc_error(error: Any, what: str, target: str, timeout: float | None) -> errors.PullbackError:
+    """The exception for a `grpc.RpcError`.
+
+    what: the call, as the user knows it ("model 'square': vjp"); target: where it went; timeout: what it was given.
+    """
+    code = int(error.code().value[0])
+    message = error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            translated = _from_details(code, message, value)
+            if translated is not None:
+                return translated
+    if code == errors.ResourceExhausted.default_code and _TOO_LARGE_SOMEWHERE in message:
+        return errors.MessageTooLarge(f"{what}: {_too_large(message)}")
+    if code == errors.DeadlineExceeded.default_code:
+        given = "in time" if timeout is None else f"within {timeout:g} s"
+        message = f"no answer from {target} {given}; timeout= sets how long a call may take"
+    elif code == errors.Unavailable.default_code:
+        message = f"{target} cannot be reached: {message}"
+    elif code == errors.Unimplemented.default_code:
+        message = f"{target} does not offer this call ({message}): is it a Pullback server, and as new as this client?"
+    return _make(code, "", f"{what}: {message or error.code().name}")
+
+
+def from_status(code: int, message: str, details: Iterable[AnyMessage]) -> errors.PullbackError:
+    """The exception for the parts of a google.rpc.Status; what is in `details` and unknown is passed over."""
+    from google.rpc import error_details_pb2
+
+    reason = ""
+    violations: list[errors.Violation] = []
+    retry_after: float | None = None
+    for detail in details:
+        info = error_details_pb2.ErrorInfo()
+        request = error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        if detail.Is(info.DESCRIPTOR):
+            detail.Unpack(info)
+            # A proxy's own ErrorInfo names causes of its own.
+            reason = info.reason if info.domain == ERROR_DOMAIN else reason
+        elif detail.Is(request.DESCRIPTOR):
+            detail.Unpack(request)
+            violations += [errors.Violation(one.field, one.description) for one in request.field_violations]
+        elif detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+            retry_after = max(retry.retry_delay.ToTimedelta().total_seconds(), 0.0)
+    return _make(code, reason, message, violations, retry_after)
+
+
+def _from_details(code: int, message: str, data: bytes | str) -> errors.PullbackError | None:
+    from google.protobuf.message import DecodeError
+    from google.rpc import status_pb2
+
+    try:
+        status = status_pb2.Status.FromString(data if isinstance(data, bytes) else data.encode("latin-1"))
+        if status.code != code:
+            # Not about this status: the call's own code is what gRPC acted on.
+            return None
+        return from_status(code, status.message or message, status.details)
+    except DecodeError:
+        return None
+
+
+def _make(
+    code: int,
+    reason: str,
+    message: str,
+    violations: Iterable[errors.Violation] = (),
+    retry_after: float | None = None,
+) -> errors.PullbackError:
+    kind = errors.BY_REASON.get(reason) or errors.BY_CODE.get(code, errors.PullbackError)
+    return kind(message, code=code, reason=reason, violations=tuple(violations), retry_after=retry_after)
+
+
+def _too_large(message: str) -> str:
+    found = _TOO_LARGE.search(message)
+    if found is None:
+        return f"{message}; see max_message_bytes of pullback.connect and --max-message-bytes of the server"
+    side, direction, size, limit = found.groups()
+    what = "request" if (side == "SERVER") == (direction == "Received") else "answer"
+    setting = (
+        "the server's limit (pullback-server serve --max-message-bytes)"
+        if side == "SERVER"
+        else "this client's limit (max_message_bytes of pullback.connect)"
+    )
+    return f"the {what} has {int(size):,} bytes, {setting} is {int(limit):,}"

@@ -1,0 +1,139 @@
+"""One unary call from message to message: framing, deadline, retries, errors. Every call is pure."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from pullback import errors
+from pullback._channel import Address, ForkAwareChannel
+from pullback._fork import gate
+from pullback._retry import RetryPolicy
+from pullback._translate import from_rpc_error
+from pullback_wire import Method, WireError, decode, encode
+from pullback_wire.framing import Buffer
+
+M = TypeVar("M", bound=Message)
+
+#: gRPC takes a timeout as the distance to a point in time and overflows far below a float's range.
+_LONGEST = 3e8
+#: Room for the tags and lengths of one payload.
+_FRAMING = 12
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raises ValueError for a timeout that is not a positive number (infinity is) or None."""
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout is {timeout}, expected a positive number of seconds, math.inf, or None")
+
+
+class Transport:
+    """Makes calls to one address. Safe to use from many threads, in forked children, and to pickle.
+
+    timeout: seconds for a call and all its attempts, where the call says nothing; None or infinity: no limit.
+    """
+
+    def __init__(self, address: Address, timeout: float | None, retry: RetryPolicy) -> None:
+        check_timeout(timeout)
+        self.address = address
+        self.timeout = timeout
+        self.retry = retry
+        self._channel = ForkAwareChannel(address)
+
+    def __getstate__(self) -> tuple[Address, float | None, RetryPolicy]:
+        return (self.address, self.timeout, self.retry)
+
+    def __setstate__(self, state: tuple[Address, float | None, RetryPolicy]) -> None:
+        self.address, self.timeout, self.retry = state
+        self._channel = ForkAwareChannel(self.address)
+
+    def call(
+        self,
+        method: Method,
+        request: Message,
+        payloads: Sequence[Buffer],
+        response: type[M],
+        what: str,
+        timeout: float | None,
+    ) -> tuple[M, Sequence[memoryview]]:
+        """The parsed answer, and views of its payloads.
+
+        what: names the call in errors, e.g. "model 'square': vjp"; timeout: None: the default.
+
+        Raises PullbackError.
+        """
+        header = request.SerializeToString()
+        size = len(header) + sum(len(payload) + _FRAMING for payload in payloads)
+        if size > self.address.max_message_bytes:
+            raise errors.MessageTooLarge(
+                f"{what}: the request has {size:,} bytes, this client's limit (max_message_bytes of pullback.connect) "
+                f"is {self.address.max_message_bytes:,}"
+            )
+        answer = self.send(method.path, encode(header, payloads), what, timeout)
+        try:
+            return decode(response, answer)
+        except WireError as error:
+            raise errors.ProtocolError(
+                f"{what}: {self.address.target} answered what cannot be read: {error}"
+            ) from error
+
+    def send(self, path: str, data: bytes, what: str, timeout: float | None, attempts: int | None = None) -> bytes:
+        """The bytes of the answer to `data`; attempts: how many there are at most, where it is not the policy's to say.
+
+        Raises PullbackError: the last attempt's, when none succeeded.
+        """
+        check_timeout(timeout)
+        limit = self.timeout if timeout is None else timeout
+        if limit is not None and limit > _LONGEST:
+            limit = None
+        end = math.inf if limit is None else time.monotonic() + limit
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return self._attempt(path, data, what, limit, end)
+            except errors.PullbackError as error:
+                pause = None if attempt == attempts else self.retry.pause(error, attempt)
+                if pause is None or time.monotonic() + pause >= end:
+                    raise
+            time.sleep(pause)
+            if self._channel.closed:
+                raise self._is_closed(what)
+
+    def _attempt(self, path: str, data: bytes, what: str, limit: float | None, end: float) -> bytes:
+        if self._channel.closed:
+            raise self._is_closed(what)
+        # The gate is around the imports too: one that is under way would hang a child forked meanwhile.
+        with gate:
+            import grpc
+
+            left = None if limit is None else max(end - time.monotonic(), 0.0)
+            try:
+                # Blocking, and not through a future: that takes a thread switch more. An exception that arrives
+                # meanwhile, such as KeyboardInterrupt, cancels the call.
+                return self._channel.unary(path)(data, timeout=left, metadata=self.address.metadata)
+            except grpc.RpcError as error:
+                if self._channel.closed:
+                    raise self._is_closed(what) from error
+                raise from_rpc_error(error, what, self.address.target, limit) from error
+            except ValueError:
+                # gRPC's word for a channel that was closed between the question above and the call.
+                if self._channel.closed:
+                    raise self._is_closed(what) from None
+                raise
+
+    def _is_closed(self, what: str) -> errors.ClientClosed:
+        return errors.ClientClosed(f"{what}: the client of {self.address.target} is closed")
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._channel.closed
+
+    def close(self) -> None:
+        """Closes the connection; calls that run end with ClientClosed."""
+        self._channel.close()

@@ -1,0 +1,130 @@
+"""Protobuf messages whose `payloads` never pass through protobuf.
+
+A message that carries tensors has one field `repeated bytes payloads` with the highest field number. Writing, the
+payloads are appended to the serialised rest by hand, in one join. Reading, the top-level fields are walked, payloads
+taken as views and the small rest given to protobuf. The bytes are valid protobuf either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+#: Number of the `payloads` field in every message that has one.
+PAYLOADS_FIELD = 100
+
+_LENGTH_DELIMITED = 2
+_PAYLOADS_TAG = bytes([((PAYLOADS_FIELD << 3) | _LENGTH_DELIMITED) & 0x7F | 0x80, PAYLOADS_FIELD >> 4])
+
+M = TypeVar("M", bound=Message)
+Buffer = bytes | bytearray | memoryview
+
+
+class WireError(ValueError):
+    """The bytes are not a message of the expected type, or a tensor in it contradicts itself.
+
+    `field` names the faulty field, e.g. "inputs[0].shape"; empty when the message as a whole is meant.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def encode(header: bytes, payloads: Iterable[Buffer]) -> bytes:
+    """Joins a serialised message and its payloads into one message.
+
+    Each payload must be a contiguous buffer of bytes (format "B"). The payloads are copied exactly once.
+    """
+    parts: list[Buffer] = [header]
+    for payload in payloads:
+        parts.append(_PAYLOADS_TAG + _varint(len(payload)))
+        parts.append(payload)
+    return b"".join(parts)
+
+
+def encode_message(message: Message, payloads: Iterable[Buffer]) -> bytes:
+    """`encode` of a message that is not serialised yet."""
+    return encode(message.SerializeToString(), payloads)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    result = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, at
+        shift += 7
+        if shift > 63:
+            raise WireError("not a protobuf message: a varint is longer than 10 bytes")
+
+
+def split(data: bytes) -> tuple[bytes, list[memoryview]]:
+    """Splits a message into what is not `payloads` and views of its payloads, in order; copies no payload.
+
+    Fields may come in any order, as protobuf allows.
+
+    Raises WireError where the top-level fields cannot be walked.
+    """
+    view = memoryview(data)
+    end = len(data)
+    rest: list[memoryview] = []
+    payloads: list[memoryview] = []
+    at = kept_from = 0
+    try:
+        while at < end:
+            start = at
+            key, at = _read_varint(data, at)
+            wire_type = key & 7
+            if wire_type == _LENGTH_DELIMITED:
+                length, at = _read_varint(data, at)
+                body, at = at, at + length
+                if key >> 3 == PAYLOADS_FIELD:
+                    if at > end:
+                        raise WireError(
+                            f"payload {len(payloads)} claims {length} bytes, {end - body} are left", "payloads"
+                        )
+                    if kept_from < start:
+                        rest.append(view[kept_from:start])
+                    payloads.append(view[body:at])
+                    kept_from = at
+            elif wire_type == 0:
+                _, at = _read_varint(data, at)
+            elif wire_type == 1:
+                at += 8
+            elif wire_type == 5:
+                at += 4
+            else:
+                raise WireError(f"not a protobuf message: wire type {wire_type} at byte {start}")
+    except IndexError:
+        raise WireError("not a protobuf message: it ends inside a field") from None
+    if at > end:
+        raise WireError("not a protobuf message: it ends inside a field")
+    if kept_from < end:
+        rest.append(view[kept_from:end])
+    return (bytes(rest[0]) if len(rest) == 1 else b"".join(rest)), payloads
+
+
+def decode(message_type: type[M], data: bytes) -> tuple[M, Sequence[memoryview]]:
+    """Parses a message and gives its payloads as read-only views into `data`.
+
+    Raises WireError when the bytes are not such a message.
+    """
+    header, payloads = split(data)
+    try:
+        return message_type.FromString(header), payloads
+    except DecodeError as error:
+        raise WireError(f"not a {message_type.DESCRIPTOR.full_name}: {error}") from None

@@ -1,0 +1,45 @@
+"""The unary RPCs by name. Calls travel as raw bytes through `framing`, so there are no generated stubs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from pullback_wire.v1 import gradient_service_pb2 as gradient
+from pullback_wire.v1 import model_service_pb2 as model
+
+
+@dataclass(frozen=True)
+class Method:
+    """One unary RPC."""
+
+    service: str
+    name: str
+    request: type[Message]
+    response: type[Message]
+
+    @property
+    def path(self) -> str:
+        """What gRPC calls it, e.g. "/pullback.v1.GradientService/Evaluate"."""
+        return f"/{self.service}/{self.name}"
+
+
+def _unary_methods(file: object, service: str) -> dict[str, Method]:
+    descriptor = file.DESCRIPTOR.services_by_name[service]  # type: ignore[attr-defined]
+    return {
+        method.name: Method(
+            descriptor.full_name,
+            method.name,
+            getattr(file, method.input_type.name),
+            getattr(file, method.output_type.name),
+        )
+        for method in descriptor.methods
+        if not method.client_streaming and not method.server_streaming
+    }
+
+
+#: GradientService's methods by name.
+GRADIENT_METHODS: dict[str, Method] = _unary_methods(gradient, "GradientService")
+#: ModelService's unary methods by name.
+MODEL_METHODS: dict[str, Method] = _unary_methods(model, "ModelService")

@@ -1,0 +1,127 @@
+"""The composition root: the only place that knows every floor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from pullback_server.config import Config
+from pullback_server.fleet import LocalFleet
+from pullback_server.hosting import Registration
+from pullback_server.job import Signature
+from pullback_server.rpc import Front, FrontOptions
+from pullback_server.scheduling import Limits, Scheduler
+from pullback_server.telemetry import Endpoint, Metrics, Vitals
+from pullback_wire.malloc import pin_malloc
+
+logger = logging.getLogger(__name__)
+
+
+class App:
+    """One server: a fleet, a queue before it, a front on a port, and an endpoint for probes.
+
+    registrations: models besides those of config.models, carried to the workers by value.
+    """
+
+    def __init__(self, config: Config, registrations: Sequence[Registration] = ()) -> None:
+        self._config = config
+        self._fleet = LocalFleet(
+            sources=config.models,
+            registrations=registrations,
+            devices=config.devices,
+            threads=config.threads,
+            load_timeout=config.load_timeout,
+        )
+        self._metrics = Metrics()
+        self._vitals = Vitals()
+        self._endpoint: Endpoint | None = None
+        self._front: Front | None = None
+        self._beating: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The gRPC port, once started."""
+        return self._front.port if self._front else 0
+
+    @property
+    def metrics_port(self) -> int:
+        """The HTTP port, once started."""
+        return self._endpoint.port if self._endpoint else 0
+
+    async def start(self) -> None:
+        """Binds the ports, loads the models, serves. The probes answer from the beginning.
+
+        Raises StartError (a model does not load, a worker does not start) or OSError (a port is taken); nothing is
+        left running then.
+        """
+        config = self._config
+        try:
+            self._beating = asyncio.create_task(self._beat())
+            self._endpoint = Endpoint(config.host, config.metrics_port, self._metrics.registry, self._vitals)
+            self._vitals.reason = "loading models"
+            await self._fleet.start()
+            scheduler = Scheduler(self._fleet, Limits(config.max_calls, config.max_bytes))
+            self._metrics.watch(
+                queued=lambda: scheduler.queued,
+                bytes_in_flight=lambda: scheduler.bytes,
+                restarts=lambda: self._fleet.restarts,
+                workers=lambda: Counter(worker.state.value for worker in self._fleet.workers),
+            )
+            options = FrontOptions(
+                host=config.host,
+                port=config.port,
+                max_message_bytes=config.max_message_bytes,
+                max_cotangents=config.max_cotangents,
+                max_call_seconds=config.max_call_seconds,
+            )
+            self._front = Front(options, self._fleet, scheduler, self._metrics)
+            await self._front.start()
+        except BaseException:
+            await self.stop(0)
+            raise
+        self._vitals.ready = True
+        self._tell()
+
+    async def stop(self, grace: float) -> None:
+        """Stops serving: probes first, then calls within `grace` seconds, then workers."""
+        self._vitals.ready = False
+        self._vitals.reason = "stopping"
+        if self._front is not None:
+            await self._front.stop(grace)
+        await self._fleet.close(grace=5.0)
+        if self._endpoint is not None:
+            # Waits for the thread that serves; a scrape under way may take a moment.
+            await asyncio.to_thread(self._endpoint.close)
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait([self._beating])
+
+    async def _beat(self) -> None:
+        while True:
+            self._vitals.beat()
+            await asyncio.sleep(1.0)
+
+    def _tell(self) -> None:
+        for versions in self._fleet.signatures.values():
+            for signature in versions.values():
+                logger.info("serving %s", _sentence(signature))
+        logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics, workers: %s",
+                    self._config.host, self.port, self._config.host, self.metrics_port,
+                    ", ".join(worker.name for worker in self._fleet.workers))  # fmt: skip
+
+
+def _sentence(signature: Signature) -> str:
+    inputs = ", ".join(spec.name for spec in signature.inputs)
+    orders = "any order" if signature.orders.reverse < 0 else f"order {signature.orders.reverse}"
+    return (
+        f"{signature.name} version {signature.version}: inputs {inputs or 'none'}; "
+        f"{signature.parameter_count} parameters; gradients of {orders}"
+    )
+
+
+def prepare_process() -> None:
+    """What a process that is a server and nothing else does first: pins glibc's malloc (see pullback_wire.malloc)."""
+    if not pin_malloc():
+        logger.debug("malloc is left as it is")

@@ -1,0 +1,54 @@
+"""What an operator can set. One declaration gives the flags, their environment twins, and their help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict
+
+
+class Config(BaseSettings):
+    """Serves the models that Python files or modules register with @model."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PULLBACK_",
+        cli_prog_name="pullback-server serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        extra="forbid",
+    )
+
+    models: CliPositionalArg[Annotated[list[str], NoDecode]] = Field(
+        default_factory=list,
+        description="Python files (models.py) or importable modules (package.models) that register models; "
+        "in the environment separated by commas",
+    )
+    host: str = Field("127.0.0.1", description="address to listen on, for gRPC and metrics")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8470, description="gRPC port; 0 picks a free one")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        9470, description="HTTP port of /metrics, /livez and /readyz; 0 picks a free one"
+    )
+    devices: str = Field(
+        "auto",
+        description="'auto' (each CUDA device, else one CPU worker), 'cpu:4' (four workers), 'cuda', 'cuda:0,cuda:1'",
+    )
+    threads: int | None = Field(None, ge=1, description="torch threads of a CPU worker [default: cores / workers]")
+    max_message_bytes: int = Field(
+        256 << 20, ge=1 << 10, le=(2 << 30) - 1, description="largest request, and largest results of one call"
+    )
+    max_calls: int = Field(1024, ge=1, description="calls in flight; more are refused with OVERLOADED")
+    max_bytes: int = Field(4 << 30, ge=1, description="tensor bytes in flight; more are refused with OVERLOADED")
+    max_cotangents: int = Field(4096, ge=1, description="cotangents in one batched call")
+    max_call_seconds: float = Field(600.0, gt=0, description="longest a call may take, whatever deadline it brings")
+    load_timeout: float = Field(600.0, gt=0, description="seconds in which a worker must have loaded its models")
+    grace: float = Field(20.0, ge=0, description="seconds that running calls get to end after SIGTERM")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        # The command line joins several with commas on their way here.
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

@@ -1,0 +1,108 @@
+"""What happens in a worker before its first job: settling into the process, and loading the models."""
+
+from __future__ import annotations
+
+import faulthandler
+import pickle
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from pullback_server.engine import Engine
+from pullback_server.hosting.loading import LoadError, check_unique, load_source
+from pullback_server.hosting.spec import Registration
+from pullback_server.ipc.lifeline import tie_to_parent
+from pullback_server.ipc.messages import Setup
+from pullback_server.job import Signature
+
+_DESCRIPTORS = 1 << 16
+
+
+def settle(parent: int) -> None:
+    """Makes this process one that lives and dies with its front, and by its front's word only."""
+    tie_to_parent(parent)
+    # The front drains when a whole process group or container is told to end; the workers' jobs are a part of that.
+    # Handlers, not SIG_IGN, which a program started by a model would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    # Every mapped segment costs a descriptor.
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _DESCRIPTORS if most == resource.RLIM_INFINITY else min(_DESCRIPTORS, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(usual, enough), most))
+    faulthandler.enable()
+
+
+def choose_device(setup: Setup) -> torch.device:
+    """The device of the setup, made the current one. Raises LoadError where it cannot be used."""
+    torch.set_num_threads(setup.threads)
+    device = torch.device(setup.device)
+    if device.type == "cuda":
+        try:
+            torch.cuda.set_device(device)
+            torch.empty(1, device=device)
+        # Drivers and builds of torch fail in many ways.
+        except Exception as error:
+            raise LoadError(f"device {device} cannot be used: {told(error)}") from error
+    return device
+
+
+def load_models(engine: Engine, setup: Setup) -> list[Signature]:
+    """Loads every model. Raises LoadError, whose message names the source, the cause, and the line where it can."""
+    sys.path += [entry for entry in setup.path if entry not in sys.path]
+    found: list[tuple[str, Registration]] = []
+    for source in setup.sources:
+        try:
+            found += [(source, registration) for registration in load_source(source)]
+        except LoadError as error:
+            raise LoadError(f"{error}{_line_in(source, error.__cause__)}") from error
+    if setup.registrations is not None:
+        try:
+            given: list[Registration] = pickle.loads(setup.registrations)
+        except Exception as error:
+            raise LoadError(
+                f"the given models cannot be carried into a worker process: {told(error)}; "
+                "put them into a file and name the file"
+            ) from error
+        found += [("", registration) for registration in given]
+    if not found:
+        raise LoadError("there is no model to serve")
+    check_unique(registration for _, registration in found)
+    signatures = [_load(engine, source, registration) for source, registration in found]
+    # Every process starts torch at one and the same seed, which suits loading; but two workers' dropout must differ.
+    torch.seed()
+    return signatures
+
+
+def _load(engine: Engine, source: str, registration: Registration) -> Signature:
+    origin = f"{source}: " if source else ""
+    try:
+        return engine.load(registration)
+    except LoadError as error:
+        raise LoadError(f"{origin}{error}{_line_in(source, error.__cause__)}") from error
+    # A model's code may raise anything, and may even exit.
+    except (Exception, SystemExit) as error:
+        raise LoadError(
+            f"{origin}model {registration.name!r} version {registration.version} does not load: "
+            f"{told(error)}{_line_in(source, error)}"
+        ) from error
+
+
+def told(error: BaseException) -> str:
+    """An exception in words, even one that cannot say what it is."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _line_in(source: str, error: BaseException | None) -> str:
+    """Where in the operator's file an error arose, in words; empty when it is not known."""
+    if error is None or isinstance(error, SyntaxError):
+        return ""
+    path = str(Path(source).resolve())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" (line {lines[-1]})" if lines else ""

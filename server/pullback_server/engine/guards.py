@@ -1,0 +1,183 @@
+"""Contexts of a call: what is global to the process, and what torch must be told for derivatives to exist."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Whether Python's and numpy's generators still stand where a seeded call left them.
+_seeded_foreign = False
+
+
+@functools.cache
+def _generators(device: torch.device) -> tuple[torch.Generator, ...]:
+    if device.type != "cuda":
+        return (torch.default_generator,)
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.default_generator, torch.cuda.default_generators[index]
+
+
+class Randomness:
+    """Every random number a call draws: torch's on the CPU and the device, Python's and numpy's.
+
+    With a seed each forward begins at that seed, and afterwards torch's generators are where they were. Without one
+    the generators go on as they are; a model that seeds them itself does not decide about the calls after it.
+    (torch.manual_seed and fork_rng do the same in 100 times the time: they walk the stack.)
+    """
+
+    def __init__(self, seed: int | None, device: torch.device, foreign: bool = True) -> None:
+        """foreign: whether the model may draw from Python's and numpy's generators."""
+        self._seed = seed
+        self._foreign = foreign
+        self._generators = _generators(device)
+
+    def begin(self) -> None:
+        """Before a call."""
+        global _seeded_foreign
+        if self._seed is not None:
+            self._states = [generator.get_state() for generator in self._generators]
+            return
+        if _seeded_foreign:
+            random.seed()
+            np.random.seed()
+            _seeded_foreign = False
+        self._initial = [generator.initial_seed() for generator in self._generators]
+
+    def restart(self) -> None:
+        """Before every forward."""
+        global _seeded_foreign
+        if self._seed is not None:
+            for generator in self._generators:
+                generator.manual_seed(self._seed)
+            if not self._foreign:
+                return
+            random.seed(self._seed)
+            np.random.seed((self._seed ^ (self._seed >> 32)) & 0xFFFFFFFF)
+            _seeded_foreign = True
+
+    def end(self) -> None:
+        """After a call."""
+        if self._seed is not None:
+            for generator, state in zip(self._generators, self._states, strict=True):
+                generator.set_state(state)
+        else:
+            for generator, initial in zip(self._generators, self._initial, strict=True):
+                if generator.initial_seed() != initial:
+                    generator.seed()
+
+
+class Ambience:
+    """Puts back what user code may have changed for the whole process: grad mode, default dtype, autocast."""
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._dtype = torch.get_default_dtype()
+        self._autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        # The encoder's fast path computes other values at padded places, and has no derivatives: never mix the two.
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_grad_enabled(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_grad_enabled(self._grad)
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        if torch.get_default_dtype() != self._dtype:
+            torch.set_default_dtype(self._dtype)
+        for device, enabled in zip(("cpu", "cuda"), self._autocast, strict=True):
+            if torch.is_autocast_enabled(device) != enabled:
+                torch.set_autocast_enabled(device, enabled)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """cuDNN off. Not torch.backends.cudnn.flags, which sets everything else to defaults."""
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """The kernels that have derivatives of every order, in forward mode too.
+
+    Attention by plain matrix products; code compiled by torch.compile runs as it was written, for a compiled backward
+    can neither be differentiated nor vectorised.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(compiled_code_as_written())
+        yield
+
+
+@contextmanager
+def compiled_code_as_written() -> Iterator[None]:
+    """torch.compile does nothing for a while."""
+    # Nothing can be compiled where dynamo was never imported, and importing it takes a second.
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """vmap warns of operators that it has to loop over; whoever calls the server can do nothing about that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop.*")
+        yield
+
+
+class Witness:
+    """Sees what a forward does that the graph does not show.
+
+    hooks: Tensor.register_hook was called, so the backward runs code of the model's own.
+    cuts: gradients were cut, or a backward was run, in a way that reverse mode takes as constant and forward mode would
+    differentiate through (torch.no_grad, torch.autograd.grad inside the model).
+    """
+
+    def __init__(self) -> None:
+        self.hooks = False
+        self.cuts = False
+
+    @contextmanager
+    def watching(self) -> Iterator[Witness]:
+        def hook(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.hooks = True
+            return register_hook(tensor, *args, **kwargs)
+
+        def grad_mode(enabled: bool) -> None:
+            self.cuts |= not enabled
+            set_grad_enabled(enabled)
+
+        def engine(*args: Any, **kwargs: Any) -> Any:
+            self.cuts = True
+            return run_backward(*args, **kwargs)
+
+        register_hook: Callable[..., Any] = torch.Tensor.register_hook
+        set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+        run_backward: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+        torch.Tensor.register_hook = hook  # type: ignore[method-assign, assignment]
+        torch._C._set_grad_enabled = grad_mode
+        torch.autograd._engine_run_backward = engine  # type: ignore[attr-defined]
+        try:
+            yield self
+        finally:
+            torch.Tensor.register_hook = register_hook  # type: ignore[method-assign]
+            torch._C._set_grad_enabled = set_grad_enabled  # type: ignore[assignment]
+            torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]

@@ -1,0 +1,281 @@
+"""A worker process: `python -m pullback_server.engine.worker`. Loads the models, then computes job after job.
+
+One thread. While a job computes nothing is read; before the next one begins, everything that has arrived is, so that
+a job that was cancelled or has expired meanwhile is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pullback_server.engine import Engine, EngineResult, WritesInputs
+from pullback_server.engine.boot import choose_device, load_models, settle, told
+from pullback_server.engine.transfer import Pins, Watch, byte_counts, packed, store, tensors_of
+from pullback_server.faults import Fault
+from pullback_server.hosting.loading import LoadError
+from pullback_server.ipc import messages
+from pullback_server.ipc.frames import DO_NOT_WAIT, Frame, FrameReader, send_frame
+from pullback_server.ipc.layout import INLINE_LIMIT, Buffer, place
+from pullback_server.ipc.segments import Arena, Mappings, Segment
+from pullback_server.job import FaultRecord
+from pullback_wire import Reason
+
+#: Characters of a traceback that travel to the log: its end says most.
+_TRACEBACK = 16 << 10
+#: Causes after which a CUDA device may be of no more use.
+_SUSPICIOUS = {Reason.INTERNAL.value, Reason.MODEL_ERROR.value, Reason.OUT_OF_MEMORY.value}
+
+
+class _Staged(NamedTuple):
+    run: messages.Run
+    memory: memoryview | bytearray
+
+
+class _Answer(NamedTuple):
+    message: messages.Done | messages.Failed | messages.Again
+    tail: Sequence[Buffer] = ()
+    segment: Segment | None = None
+
+
+class Worker:
+    """Answers what the front sends until the front closes the connection."""
+
+    def __init__(self, sock: socket.socket, reader: FrameReader, engine: Engine, setup: messages.Setup) -> None:
+        self._socket = sock
+        self._reader = reader
+        self._engine = engine
+        self._device = torch.device(setup.device)
+        self._pins = Pins(self._device)
+        self._inbound = Mappings(writable=True)
+        self._outbound = Arena(setup.idle_bytes, lambda segment: self._pins.remove(segment.mapping()))
+        self._staged: deque[_Staged] = deque()
+        self._connected = True
+        self._usable = True
+
+    def serve(self) -> None:
+        """Raises OSError when the connection breaks."""
+        while self._usable and (self._connected or self._staged):
+            self._receive()
+            if self._staged:
+                self._answer(self._staged.popleft())
+
+    def _receive(self) -> None:
+        """Takes in what arrived during the last job; waits for something to arrive when there is nothing to do."""
+        if self._staged and self._connected:
+            with contextlib.suppress(BlockingIOError):
+                self._connected = self._reader.receive(DO_NOT_WAIT)
+                self._take_frames()
+        while self._connected and not self._staged:
+            self._connected = self._reader.receive()
+            self._take_frames()
+
+    def _take_frames(self) -> None:
+        while (frame := self._reader.next()) is not None:
+            self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        match messages.decode_to_worker(frame.message):
+            case messages.Run() as run:
+                if run.note is not None:
+                    self._heed(run.note)
+                self._staged.append(_Staged(run, self._memory(run.slot, frame)))
+            case messages.Cancel(id):
+                for staged in self._staged:
+                    if staged.run.id == id:
+                        self._staged.remove(staged)
+                        self._send(messages.Skipped(id))
+                        break
+            case messages.Note() as note:
+                self._heed(note)
+            case messages.Setup():
+                raise RuntimeError("a worker is set up once")
+
+    def _heed(self, note: messages.Note) -> None:
+        for number in note.released:
+            self._outbound.free_by_id(number)
+        for number in note.kept:
+            self._outbound.discard_by_id(number)
+        for number in note.dropped:
+            self._pins.remove(self._inbound.drop(number))
+
+    def _memory(self, slot: messages.Slot | None, frame: Frame) -> memoryview | bytearray:
+        if slot is None:
+            return frame.tail
+        if slot.size:
+            self._pins.add(self._inbound.add(slot.segment, slot.size, frame.fds.pop()))
+        return self._inbound.view(slot.segment)
+
+    def _answer(self, staged: _Staged) -> None:
+        run = staged.run
+        if time.monotonic() >= run.deadline:
+            self._send(messages.Skipped(run.id))
+            return
+        watch = Watch() if run.slot is not None else None
+        answer = self._compute(staged, watch)
+        # By now nothing here looks at the inputs any more; whoever still does is the model.
+        if run.slot is not None and watch is not None and watch.alive():
+            answer.message.kept = True
+            self._pins.remove(self._inbound.drop(run.slot.segment))
+        try:
+            self._send(answer.message, answer.tail, answer.segment)
+        except OSError:
+            raise
+        # Names come from the model, and may be what no message can carry.
+        except Exception as error:
+            if answer.segment is not None:
+                self._outbound.free(answer.segment)
+            record = _record(Reason.INTERNAL, "the result cannot be sent", error)
+            self._send(messages.Failed(run.id, answer.message.kept, record))
+        if isinstance(answer.message, messages.Failed):
+            self._check_device(answer.message.fault)
+
+    def _compute(self, staged: _Staged, watch: Watch | None) -> _Answer:
+        run = staged.run
+        try:
+            begin = time.perf_counter()
+            tensors = tensors_of(run.job, run.lengths, staged.memory, watch, self._device)
+            ready = time.perf_counter()
+            result = self._engine.run(run.job, tensors)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+            computed = time.perf_counter()
+            answer = self._store(run.id, result, computed - ready)
+            timings = result.outcome.timings
+            timings["copy_in"] = timings.get("copy_in", 0.0) + ready - begin
+            timings["copy_out"] = timings.get("copy_out", 0.0) + time.perf_counter() - computed
+            return answer
+        except WritesInputs:
+            return _Answer(messages.Again(run.id, False))
+        except Fault as fault:
+            trace = _trace(fault) if fault.reason in (Reason.MODEL_ERROR, Reason.INTERNAL) else ""
+            record = FaultRecord(
+                fault.reason.value, _clean(fault.message), _clean(fault.field), fault.retry_after, trace
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            record = _record(Reason.OUT_OF_MEMORY, "memory ran out", error)
+        # Whatever a model manages to raise, SystemExit included, must not cost the other callers their worker.
+        except BaseException as error:
+            record = _record(Reason.INTERNAL, "the worker failed", error)
+        return _Answer(messages.Failed(run.id, False, record))
+
+    def _store(self, number: int, result: EngineResult, compute: float) -> _Answer:
+        lengths = byte_counts(result.tensors)
+        _, size = place(lengths)
+        done = messages.Done(number, False, result.outcome, compute, lengths, None)
+        if size <= INLINE_LIMIT:
+            return _Answer(done, packed(result.tensors, lengths))
+        try:
+            segment = self._outbound.take(size)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes of results: {error}") from error
+        try:
+            memory = segment.mapping()
+            self._pins.add(memory)
+            store(result.tensors, lengths, memory)
+        except BaseException:
+            self._outbound.free(segment)
+            raise
+        done.slot = messages.Slot(segment.id, 0 if segment.announced else segment.size)
+        return _Answer(done, (), segment)
+
+    def _send(self, message: messages.ToFront, tail: Sequence[Buffer] = (), segment: Segment | None = None) -> None:
+        if dropped := self._outbound.dropped():
+            self._send(messages.Note(dropped=dropped))
+        encoded = messages.encode(message)
+        fds: list[int] = []
+        if segment is not None and not segment.announced:
+            fds = [segment.fd]
+            segment.announced = True
+        send_frame(self._socket, encoded, tail, fds)
+
+    def _check_device(self, fault: FaultRecord) -> None:
+        """Some CUDA errors (a device-side assert) spoil the process's context for good: then only a new one helps."""
+        if self._device.type != "cuda" or fault.reason not in _SUSPICIOUS:
+            return
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            self._usable = False
+            self._send(messages.Leaving(f"the device is of no more use: {error}"))
+
+
+def _record(reason: Reason, what: str, error: BaseException) -> FaultRecord:
+    return FaultRecord(reason.value, _clean(f"{what}: {told(error)}"), traceback=_trace(error))
+
+
+def _trace(error: BaseException) -> str:
+    return _clean("".join(traceback.format_exception(error))[-_TRACEBACK:])
+
+
+def _clean(text: str) -> str:
+    """The text without what cannot be encoded (a file name that is no UTF-8, quoted in a message)."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _first_message(reader: FrameReader) -> messages.Setup | None:
+    while (frame := reader.next()) is None:
+        if not reader.receive():
+            return None
+    setup = messages.decode_to_worker(frame.message)
+    if not isinstance(setup, messages.Setup):
+        raise RuntimeError("a worker is set up first")
+    return setup
+
+
+def _work(sock: socket.socket) -> None:
+    reader = FrameReader(sock)
+    setup = _first_message(reader)
+    if setup is None:
+        return
+    logging.basicConfig(format=f"%(asctime)s %(levelname)s {setup.name} %(name)s: %(message)s")
+    try:
+        engine = Engine(choose_device(setup))
+        loaded: messages.ToFront = messages.Loaded(load_models(engine, setup))
+    except LoadError as error:
+        loaded = messages.LoadFailed(_clean(str(error)), _trace(error))
+    # A fault of ours: the operator must hear of that as well.
+    except Exception as error:
+        loaded = messages.LoadFailed(_clean(f"the worker failed: {told(error)}"), _trace(error))
+    if isinstance(loaded, messages.LoadFailed):
+        send_frame(sock, messages.encode(loaded))
+        return
+    # What is there now stays; looking for garbage after a job need not pass over it.
+    gc.collect()
+    gc.freeze()
+    worker = Worker(sock, reader, engine, setup)
+    send_frame(sock, messages.encode(loaded))
+    worker.serve()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a worker. Raises SystemExit for arguments that cannot be."""
+    parser = argparse.ArgumentParser(prog="pullback_server.engine.worker", description="started by the fleet")
+    parser.add_argument("--socket", type=int, required=True, help="descriptor of the control connection")
+    parser.add_argument("--parent", type=int, required=True, help="pid of the front")
+    arguments = parser.parse_args(argv)
+    settle(arguments.parent)
+    os.set_inheritable(arguments.socket, False)
+    with socket.socket(fileno=arguments.socket) as sock:
+        try:
+            _work(sock)
+        except (BrokenPipeError, ConnectionResetError):
+            # The front has gone; there is nobody left to tell.
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The jobs of one worker process: their way there, their answers, and the shared memory they use."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from pullback_server.faults import Fault
+from pullback_server.fleet.channel import Channel
+from pullback_server.fleet.copying import Copier
+from pullback_server.fleet.reply import Lease, LocalReply
+from pullback_server.fleet.seam import Buffer, WorkerLost
+from pullback_server.ipc import messages
+from pullback_server.ipc.frames import Frame
+from pullback_server.ipc.layout import INLINE_LIMIT, place, spaced
+from pullback_server.ipc.segments import Arena, Mappings, Segment
+from pullback_server.job import Job
+from pullback_wire import Reason
+
+_log = logging.getLogger(__name__)
+
+#: Seconds after which news of segments is sent although there is no job to take it along.
+_NOTE_DELAY = 0.05
+
+
+class _Call:
+    """A job on its way. `transfer`: seconds that writing its bytes took."""
+
+    __slots__ = ("answer", "segment", "transfer")
+
+    def __init__(self, segment: Segment | None, transfer: float) -> None:
+        self.segment = segment
+        self.transfer = transfer
+        self.answer: asyncio.Future[LocalReply | messages.Again | Fault | WorkerLost]
+        self.answer = asyncio.get_running_loop().create_future()
+
+
+class Jobs:
+    """Sends jobs over a channel and takes their answers. Belongs to one event loop.
+
+    on_room: called when a job has left the worker, be it that nobody waits for it any more.
+    """
+
+    def __init__(
+        self, name: str, channel: Channel, copier: Copier, idle_bytes: int, on_room: Callable[[], None]
+    ) -> None:
+        self._name = name
+        self._channel = channel
+        self._copier = copier
+        self._on_room = on_room
+        self._loop = asyncio.get_running_loop()
+        self._arena = Arena(idle_bytes)
+        self._mappings = Mappings(writable=False)
+        self._count = 0
+        self._writing = 0
+        #: In the order they were sent, which is the order in which the worker takes them.
+        self._sent: dict[int, _Call] = {}
+        self._note = messages.Note()
+        self._note_timer: asyncio.TimerHandle | None = None
+        self._over = False
+        #: Whether the worker has ever computed a job.
+        self.proven = False
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._sent) + self._writing
+
+    async def run(self, job: Job, views: Sequence[memoryview], deadline: float) -> LocalReply | messages.Again:
+        """Computes one job once; `Again`: the model wrote into the job's inputs. Otherwise as `seam.Worker.run`."""
+        if time.monotonic() >= deadline:
+            raise _expired()
+        began = time.perf_counter()
+        lengths = [len(view) for view in views]
+        _, size = place(lengths)
+        segment = None if size <= INLINE_LIMIT else await self._write(views, size)
+        call = _Call(segment, time.perf_counter() - began)
+        number = self._send(call, job, views, lengths, deadline)
+        try:
+            answer = await call.answer
+        except asyncio.CancelledError:
+            if call.answer.cancelled():
+                self._channel.send(messages.encode(messages.Cancel(number)))
+            # The answer came in the very turn in which the task was cancelled.
+            elif isinstance(answer := call.answer.result(), LocalReply):
+                answer.leave()
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _send(self, call: _Call, job: Job, views: Sequence[memoryview], lengths: list[int], deadline: float) -> int:
+        self._count += 1
+        number, segment = self._count, call.segment
+        try:
+            slot = None
+            tail: Sequence[Buffer] = ()
+            fds: Sequence[int] = ()
+            if segment is None:
+                tail = spaced(views)
+            elif segment.announced:
+                slot = messages.Slot(segment.id)
+            else:
+                slot = messages.Slot(segment.id, segment.size)
+                fds = (segment.fd,)
+                segment.announced = True
+            message = messages.encode(messages.Run(number, job, deadline, lengths, slot, self._take_note()))
+            if not self._channel.send(message, tail, fds):
+                raise self._lost(suspect=False)
+        except BaseException:
+            self._give_back(segment)
+            raise
+        self._sent[number] = call
+        return number
+
+    async def _write(self, views: Sequence[memoryview], size: int) -> Segment:
+        """A segment with the payloads in it. Raises Fault where there is no memory, and WorkerLost."""
+        try:
+            segment = self._arena.take(size)
+        except OSError as error:
+            raise _no_memory(size, error) from error
+        self._writing += 1
+        try:
+            await self._copier.write(segment, views, size, lambda: self._abandoned_write(segment))
+        except asyncio.CancelledError:
+            # A thread may still be writing: the segment is given back when it has ended.
+            raise
+        except BaseException as error:
+            self._writing -= 1
+            self._give_back(segment)
+            if isinstance(error, OSError):
+                raise _no_memory(size, error) from error
+            raise
+        self._writing -= 1
+        return segment
+
+    def _abandoned_write(self, segment: Segment) -> None:
+        self._writing -= 1
+        self._give_back(segment)
+        self._on_room()
+
+    def take(self, message: messages.ToFront, frame: Frame) -> None:
+        """Takes an answer. Raises whatever it raises when the worker broke the rules."""
+        match message:
+            case messages.Done(id, kept):
+                self.proven = True
+                self._resolve(id, kept, self._reply(message, self._sent[id], frame))
+            case messages.Failed(id, kept, fault):
+                if fault.traceback:
+                    _log.error("worker %s: %s\n%s", self._name, fault.message, fault.traceback)
+                self._resolve(id, kept, Fault(Reason[fault.reason], fault.message, fault.field, fault.retry_after))
+            case messages.Again(id, kept):
+                self._resolve(id, kept, message)
+            case messages.Skipped(id):
+                self._resolve(id, False, _expired())
+            case messages.Note(dropped=dropped):
+                for number in dropped:
+                    self._mappings.drop(number)
+            case _:
+                raise ValueError(f"a loaded worker does not say {type(message).__name__}")
+
+    def end(self, suspect: bool) -> None:
+        """The worker is gone: gives its memory back and tells those who wait.
+
+        suspect: whether the job that the worker was computing may be the cause.
+        """
+        self._over = True
+        if self._note_timer is not None:
+            self._note_timer.cancel()
+        self._arena.close()
+        self._mappings.clear()
+        for number in list(self._sent):
+            self._resolve(number, False, self._lost(suspect))
+            suspect = False
+
+    def _reply(self, done: messages.Done, call: _Call, frame: Frame) -> LocalReply:
+        memory: memoryview | Lease = memoryview(frame.tail)
+        if done.slot is not None:
+            number = done.slot.segment
+            if done.slot.size:
+                self._mappings.add(number, done.slot.size, frame.fds.pop())
+            memory = Lease(self._mappings.view(number), functools.partial(self._left, number))
+        stages = done.outcome.timings
+        timings: Mapping[str, float] = {
+            **stages,
+            "transfer": call.transfer + stages.get("copy_in", 0.0) + stages.get("copy_out", 0.0),
+            "compute": done.compute,
+        }
+        return LocalReply(done.outcome, done.lengths, memory, timings)
+
+    def _resolve(self, number: int, kept: bool, answer: LocalReply | messages.Again | Fault | WorkerLost) -> None:
+        call = self._sent.pop(number)
+        if kept and call.segment is not None:
+            self._arena.discard(call.segment)
+        else:
+            self._give_back(call.segment)
+        if not call.answer.done():
+            call.answer.set_result(answer)
+        elif isinstance(answer, LocalReply):
+            answer.leave()
+        self._on_room()
+
+    def _give_back(self, segment: Segment | None) -> None:
+        if segment is not None:
+            self._arena.free(segment)
+
+    def _left(self, number: int, reusable: bool) -> None:
+        if self._over:
+            return
+        if reusable:
+            self._note.released.append(number)
+        else:
+            _log.error("worker %s: a result was still in use when its reply was left", self._name)
+            self._mappings.drop(number)
+            self._note.kept.append(number)
+        # The next job takes the news along. If there is none, nobody is waiting for the memory either.
+        if self._note_timer is None:
+            self._note_timer = self._loop.call_later(_NOTE_DELAY, self._send_note)
+
+    def _take_note(self) -> messages.Note | None:
+        """What the worker should know; None when there is no news."""
+        note = self._note
+        if dropped := self._arena.dropped():
+            note.dropped += dropped
+        if not (note.released or note.kept or note.dropped):
+            return None
+        self._note = messages.Note()
+        return note
+
+    def _send_note(self) -> None:
+        self._note_timer = None
+        if (note := self._take_note()) is not None:
+            self._channel.send(messages.encode(note))
+
+    def _lost(self, suspect: bool) -> WorkerLost:
+        return WorkerLost(f"worker {self._name} was lost", suspect)
+
+
+def as_views(payloads: Sequence[Buffer]) -> list[memoryview]:
+    """Payloads as flat views of bytes."""
+    views = [memoryview(payload) for payload in payloads]
+    return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views]
+
+
+def _expired() -> Fault:
+    return Fault(Reason.DEADLINE_EXCEEDED, "the deadline passed before the call was computed")
+
+
+def _no_memory(size: int, error: OSError) -> Fault:
+    return Fault(Reason.OVERLOADED, f"there is no memory for {size} bytes of tensors: {error}", "", 1.0)

@@ -1,0 +1,159 @@
+"""One worker process, from the moment it is started until nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from pullback_server.fleet.channel import Channel
+from pullback_server.fleet.copying import Copier
+from pullback_server.fleet.jobs import Jobs
+from pullback_server.fleet.process import Process, Spawner
+from pullback_server.fleet.reply import LocalReply
+from pullback_server.fleet.seam import StartError, WorkerLost
+from pullback_server.ipc import messages
+from pullback_server.ipc.frames import Frame
+from pullback_server.job import Job, Signature
+
+_log = logging.getLogger(__name__)
+
+
+class Link:
+    """A worker process and the front's end of everything shared with it. Belongs to one event loop, and starts once.
+
+    on_lost: called when the worker can take no more jobs, before the jobs it had are told.
+    on_room: see `Jobs`.
+    """
+
+    def __init__(
+        self,
+        setup: messages.Setup,
+        copier: Copier,
+        on_lost: Callable[[], None],
+        on_room: Callable[[], None],
+    ) -> None:
+        self._setup = setup
+        self._name = setup.name
+        self._on_lost = on_lost
+        loop = asyncio.get_running_loop()
+        ours, self._theirs = socket.socketpair()
+        self._channel = Channel(ours, self._on_frame, self._end)
+        self._jobs = Jobs(setup.name, self._channel, copier, setup.idle_bytes, on_room)
+        self._spawning: asyncio.Task[None] | None = None
+        self._process: Process | None = None
+        self._loaded: asyncio.Future[messages.Loaded | messages.LoadFailed | None] = loop.create_future()
+        #: Done when the process has been reaped and everything is given back; says how it ended.
+        self.ended: asyncio.Future[str] = loop.create_future()
+        self._closing = False
+        self._over = False
+        self._blameless = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker takes jobs, as far as is known."""
+        return not (self._over or self._closing)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def proven(self) -> bool:
+        """Whether its worker has computed a job, so that it did not die of its start."""
+        return self._jobs.proven
+
+    @property
+    def outstanding(self) -> int:
+        return self._jobs.outstanding
+
+    async def start(self, spawner: Spawner, load_timeout: float) -> list[Signature]:
+        """Starts the process and has it load its models. Raises StartError; then nothing is left of it."""
+        try:
+            self._spawning = asyncio.create_task(self._spawn(spawner))
+            # Starting a process takes milliseconds and cannot be taken back half-way; `_kill` waits for it.
+            await asyncio.shield(self._spawning)
+            self._channel.send(messages.encode(self._setup))
+            async with asyncio.timeout(load_timeout):
+                loaded = await self._loaded
+        except TimeoutError:
+            await self._kill()
+            raise StartError(f"worker {self._name} did not load its models within {load_timeout:g} s") from None
+        except OSError as error:
+            await self._kill()
+            raise StartError(f"worker {self._name} cannot be started: {error}") from error
+        except BaseException:
+            await self._kill()
+            raise
+        if isinstance(loaded, messages.Loaded):
+            return loaded.signatures
+        await self._kill()
+        if loaded is None:
+            raise StartError(f"worker {self._name} {self.ended.result()} while it loaded its models")
+        _log.debug("worker %s: %s\n%s", self._name, loaded.message, loaded.traceback)
+        raise StartError(loaded.message)
+
+    async def _spawn(self, spawner: Spawner) -> None:
+        self._process = await spawner.spawn(self._theirs, self._setup.threads, self._exited)
+        if self._over:
+            self._process.kill()
+
+    def run(
+        self, job: Job, views: Sequence[memoryview], deadline: float
+    ) -> Coroutine[Any, Any, LocalReply | messages.Again]:
+        """See `Jobs.run`. Raises WorkerLost at once when the worker is not there."""
+        if not self.alive:
+            raise WorkerLost(f"worker {self._name} is not there", suspect=False)
+        return self._jobs.run(job, views, deadline)
+
+    async def close(self, grace: float) -> None:
+        """Lets the worker finish what it has, for `grace` seconds, and ends it. Returns when nothing is left of it."""
+        self._closing = self._blameless = True
+        self._channel.finish()
+        await asyncio.wait([self.ended], timeout=grace)
+        await self._kill()
+
+    def _on_frame(self, frame: Frame) -> None:
+        match messages.decode_to_front(frame.message):
+            case messages.Loaded() | messages.LoadFailed() as loaded:
+                if not self._loaded.done():
+                    self._loaded.set_result(loaded)
+            case messages.Leaving(text):
+                _log.error("worker %s: %s", self._name, text)
+                self._blameless = True
+            case message:
+                self._jobs.take(message, frame)
+
+    def _end(self) -> None:
+        """The worker is of no more use. What it shared is given back now; the process is reaped when it has ended."""
+        if self._over:
+            return
+        self._over = True
+        self._channel.close()
+        if self._process is not None:
+            self._process.kill()
+        self._on_lost()
+        self._jobs.end(suspect=not self._blameless)
+
+    def _exited(self) -> None:
+        try:
+            # What it said before it died, it said.
+            self._channel.drain()
+            self._end()
+        finally:
+            if not self._loaded.done():
+                self._loaded.set_result(None)
+            if self._process is not None:
+                self.ended.set_result(self._process.how_it_ended())
+
+    async def _kill(self) -> None:
+        self._end()
+        if self._spawning is not None:
+            await asyncio.wait([self._spawning])
+        if self._process is not None:
+            await asyncio.shield(self.ended)
+        elif not self.ended.done():
+            self._theirs.close()
+            self.ended.set_result("was never started")

@@ -1,0 +1,106 @@
+"""Where workers live, as the floors above see it.
+
+`scheduling` knows only this file: a local fleet of processes stands behind it today, a cluster engine could tomorrow.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from pullback_server.job import Job, Outcome, Signature
+
+Buffer = bytes | bytearray | memoryview
+
+
+class WorkerState(enum.Enum):
+    """Whether a worker can take jobs."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class StartError(Exception):
+    """The fleet cannot serve: a model does not load, or workers do not start. The message is for the operator."""
+
+
+class WorkerLost(Exception):
+    """The worker died before it answered.
+
+    suspect: whether this job was the one it was computing, so that the job may be the cause.
+    """
+
+    def __init__(self, message: str, suspect: bool) -> None:
+        super().__init__(message)
+        self.suspect = suspect
+
+
+class Reply(Protocol):
+    """A computed job. The payloads may be views of shared memory: leave the context when they have been copied."""
+
+    outcome: Outcome
+    payloads: Sequence[Buffer]
+    #: Seconds by stage, measured by the fleet: "transfer" (bytes to and from the worker), "compute".
+    timings: Mapping[str, float]
+
+    def __enter__(self) -> Reply: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Worker(Protocol):
+    """One worker, on one device."""
+
+    @property
+    def name(self) -> str:
+        """Short and stable, fit for a metric label, e.g. "cpu-0", "cuda-1"."""
+
+    @property
+    def state(self) -> WorkerState: ...
+
+    @property
+    def device(self) -> str:
+        """Its device in torch's words, e.g. "cpu", "cuda:1"."""
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs sent and not yet answered (abandoned ones included until the worker has passed over them)."""
+
+    async def run(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> Reply:
+        """Computes one job.
+
+        payloads: the bytes of the job's tensors by index; the caller keeps them unchanged until this returns.
+        deadline: on the time.monotonic clock; a job that has not begun by then is not begun.
+
+        Cancelling the awaiting task abandons the job: it is passed over if it has not begun.
+
+        Raises Fault (the job failed), WorkerLost.
+        """
+
+
+class Fleet(Protocol):
+    """All workers."""
+
+    #: Called, on the event loop, whenever a worker may be able to take more: it changed state, or answered.
+    on_change: Callable[[], None]
+
+    @property
+    def workers(self) -> Sequence[Worker]: ...
+
+    @property
+    def signatures(self) -> Mapping[str, Mapping[str, Signature]]:
+        """Signatures by model name and version; filled by `start`."""
+
+    @property
+    def restarts(self) -> int:
+        """How many workers have been replaced so far."""
+
+    async def start(self) -> None:
+        """Starts the workers and waits until all of them hold all models. Raises StartError."""
+
+    async def close(self, grace: float) -> None:
+        """Ends every worker, by force after `grace` seconds."""

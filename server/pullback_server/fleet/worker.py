@@ -1,0 +1,141 @@
+"""A worker as scheduling sees it: one name and one device, behind which processes are replaced when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+
+from pullback_server.faults import Fault
+from pullback_server.fleet.jobs import as_views
+from pullback_server.fleet.link import Link
+from pullback_server.fleet.reply import LocalReply
+from pullback_server.fleet.seam import Buffer, WorkerLost, WorkerState
+from pullback_server.ipc import messages
+from pullback_server.job import Job
+from pullback_wire import Reason
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between a death and the replacement: at first, and at most after one death upon another.
+_FIRST_DELAY = 0.1
+_LONGEST_DELAY = 30.0
+#: A worker that lived this long, or has computed a job, did not die of its start. (A job that kills workers is refused
+#: after its second victim, so waiting longer and longer would not help there.)
+_STABLE = 30.0
+
+Launch = Callable[["LocalWorker"], Awaitable[Link]]
+
+
+class LocalWorker:
+    """See `seam.Worker`.
+
+    launch: starts a process that holds all models, or raises StartError.
+    on_change: called on every change of state, and when a job has left the worker.
+    """
+
+    def __init__(self, name: str, device: str, launch: Launch, on_change: Callable[[], None]) -> None:
+        self.name = name
+        self.device = device
+        self.restarts = 0
+        self._launch = launch
+        self._on_change = on_change
+        self._state = WorkerState.STARTING
+        self._link: Link | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        #: Models that were seen to write into their inputs: their jobs are sent with `copy_inputs` at once.
+        self._writers: set[tuple[str, str, bool]] = set()
+
+    @property
+    def state(self) -> WorkerState:
+        return self._state
+
+    @property
+    def outstanding(self) -> int:
+        return 0 if self._link is None else self._link.outstanding
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process behind it at present."""
+        return None if self._link is None else self._link.pid
+
+    async def start(self) -> None:
+        """Starts the first process; from then on dead ones are replaced. Raises StartError."""
+        await self._up()
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
+
+    async def run(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> LocalReply:
+        link = self._link
+        if link is None or self._state is not WorkerState.READY:
+            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        views = as_views(payloads)
+        key = (job.model, job.version, job.train)
+        if key in self._writers and not job.copy_inputs:
+            job = msgspec.structs.replace(job, copy_inputs=True)
+        reply = await link.run(job, views, deadline)
+        if isinstance(reply, messages.Again) and not job.copy_inputs:
+            self._writers.add(key)
+            # The worker's copy of the bytes is spoilt; `views` are still the caller's own.
+            reply = await link.run(msgspec.structs.replace(job, copy_inputs=True), views, deadline)
+        if isinstance(reply, messages.Again):
+            raise Fault(Reason.INTERNAL, f"model {job.model!r} writes into its inputs although they were copied")
+        return reply
+
+    async def close(self, grace: float) -> None:
+        """Ends the process, and replaces none any more. Returns when nothing is left."""
+        # First, so that no job is sent this way any more.
+        self._set(WorkerState.DEAD)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+            self._set(WorkerState.DEAD)
+        if self._link is not None:
+            await self._link.close(grace)
+
+    def lost(self) -> None:
+        """To be told by the link that its worker takes no more jobs."""
+        if self._state is WorkerState.READY:
+            self._set(WorkerState.DEAD)
+
+    def changed(self) -> None:
+        """Says that there may be room. Whoever listens must not break what happens here."""
+        try:
+            self._on_change()
+        except Exception:
+            _log.exception("on_change failed")
+
+    def _set(self, state: WorkerState) -> None:
+        if state is not self._state:
+            self._state = state
+            self.changed()
+
+    async def _up(self) -> None:
+        began = time.monotonic()
+        self._set(WorkerState.STARTING)
+        self._link = await self._launch(self)
+        _log.info("worker %s (pid %s) is ready after %.1f s", self.name, self.pid, time.monotonic() - began)
+        # It may have died in the very turn in which it became ready.
+        self._set(WorkerState.READY if self._link.alive else WorkerState.DEAD)
+
+    async def _supervise(self) -> None:
+        delay = _FIRST_DELAY
+        while self._link is not None:
+            since = time.monotonic()
+            how = await asyncio.shield(self._link.ended)
+            if self._link.proven or time.monotonic() - since >= _STABLE:
+                delay = _FIRST_DELAY
+            _log.error("worker %s %s; it is replaced in %.1f s", self.name, how, delay)
+            while True:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_DELAY)
+                try:
+                    self.restarts += 1
+                    await self._up()
+                    break
+                # Whatever it is (no descriptors left, say), giving up would leave the device without a worker for ever.
+                except Exception as error:
+                    self._set(WorkerState.DEAD)
+                    _log.error("worker %s cannot be replaced, next try in %.1f s: %s", self.name, delay, error)

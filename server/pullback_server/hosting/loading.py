@@ -1,0 +1,77 @@
+"""From what an operator names (a file, a module, an object) to its registrations. Runs in workers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from pullback_server.hosting.spec import Registration, collecting, registrations_of
+
+
+class LoadError(Exception):
+    """A model source that cannot be loaded; the message names the source and the cause."""
+
+
+def _import_file(path: Path) -> ModuleType:
+    # A name of its own for each path, so that two files called models.py do not replace one another.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = f"_pullback_models_{digest}_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise LoadError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    # A model file may import its neighbours, as a script may.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def load_source(source: str) -> list[Registration]:
+    """Registrations made by a Python file ("models.py", "dir/models.py") or an importable module ("package.models").
+
+    Raises LoadError when the source is missing, registers nothing, or fails to import (with that error as its cause).
+    """
+    path = Path(source)
+    is_file = source.endswith(".py") or path.exists()
+    if is_file and not path.is_file():
+        raise LoadError(f"{source}: no such file")
+    collected: list[Registration] = []
+    token = collecting.set(collected)
+    try:
+        module = _import_file(path.resolve()) if is_file else importlib.import_module(source)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{source}: import failed: {type(error).__name__}: {error}") from error
+    except SystemExit as error:
+        raise LoadError(f"{source}: called exit({error.code!r}) while it was imported") from error
+    finally:
+        collecting.reset(token)
+    registrations = list(collected)
+    # A module that was imported before, or that re-exports models, registers nothing while it is imported here.
+    for value in vars(module).values():
+        registrations += [found for found in registrations_of(value) if found not in registrations]
+    if not registrations:
+        raise LoadError(f'{source}: no model is registered in it; decorate a factory or function with @model("name")')
+    return registrations
+
+
+def check_unique(registrations: Iterable[Registration]) -> None:
+    """Raises LoadError when two registrations claim one name and version."""
+    seen: set[tuple[str, str]] = set()
+    for registration in registrations:
+        key = (registration.name, registration.version)
+        if key in seen:
+            raise LoadError(f"two models are called {registration.name!r} version {registration.version}")
+        seen.add(key)

@@ -1,0 +1,140 @@
+"""`@model`: what an operator says of a model. Free of torch, so that the front can import it."""
+
+from __future__ import annotations
+
+import contextvars
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from pullback_wire.dtypes import dtype_number
+
+#: Name of a model: what fits a metric label, a URL path and a directory.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ATTRIBUTE = "__pullback_registrations__"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one input looks like.
+
+    dtype: torch's name of it ("float32"); None: any.
+    shape: extents; a str is a free extent with a name, and equal names mean equal extents in one call; None: any.
+    low, high: inclusive bounds of the elements, checked before the model runs.
+    """
+
+    dtype: str | None = None
+    shape: tuple[int | str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            dtype_number(self.dtype)
+        for extent in self.shape or ():
+            if not isinstance(extent, str) and (isinstance(extent, bool) or not isinstance(extent, int) or extent < 0):
+                raise ValueError(f"a shape holds extents (0 or more) and names of free extents, not {extent!r}")
+
+
+def spec(
+    dtype: str | None = None,
+    shape: Sequence[int | str] | None = None,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> TensorSpec:
+    """A `TensorSpec`: `spec("float32", ["batch", 784])`, `spec("int64", ["batch", "seq"], low=0, high=999)`.
+
+    Raises ValueError for a dtype or an extent that cannot be.
+    """
+    return TensorSpec(dtype, None if shape is None else tuple(shape), low, high)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A model as its operator registered it.
+
+    target: a factory without required parameters that returns an nn.Module, or a plain function of tensors.
+    kind: which of the two `target` is; "auto" decides by whether it has required parameters.
+    inputs: specs by input name; what is not named here takes any dtype and shape.
+    outputs: names for the outputs of a tuple-returning model, in order.
+    batch_axis: the axis along which rows are independent of each other; None: not declared.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    kind: Literal["auto", "factory", "function"] = "auto"
+    version: str = "1"
+    description: str = ""
+    inputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    outputs: tuple[str, ...] | None = None
+    batch_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"model name {self.name!r}: expected letters, digits, '.', '_' and '-', at most 128, "
+                "beginning with a letter or digit"
+            )
+        if not self.version.isdecimal() or not self.version.isascii():
+            raise ValueError(f"model {self.name!r}: version {self.version!r} is not a number")
+        if not callable(self.target):
+            raise TypeError(f"model {self.name!r}: expected a factory or a function, got {type(self.target).__name__}")
+
+
+#: Registrations made while a model file is imported, so that none is lost to a name that is bound again.
+collecting: contextvars.ContextVar[list[Registration] | None] = contextvars.ContextVar("collecting", default=None)
+
+
+def model(
+    name: str,
+    *,
+    inputs: Mapping[str, TensorSpec] | None = None,
+    outputs: Sequence[str] | None = None,
+    batch_axis: int | None = None,
+    version: str = "1",
+    description: str | None = None,
+    kind: Literal["auto", "factory", "function"] = "auto",
+) -> Callable[[F], F]:
+    """Registers a factory that returns an nn.Module, or a plain function of tensors, as a model.
+
+    The decorated object is returned as it was. `description` defaults to its docstring's first line. See
+    `Registration` for the arguments.
+
+    Raises ValueError or TypeError for arguments that cannot be.
+    """
+
+    def register(target: F) -> F:
+        text = description if description is not None else (getattr(target, "__doc__", None) or "").strip()
+        registration = Registration(
+            name=name,
+            target=target,
+            kind=kind,
+            version=str(version),
+            description=text.partition("\n")[0],
+            inputs=dict(inputs or {}),
+            outputs=None if outputs is None else tuple(outputs),
+            batch_axis=batch_axis,
+        )
+        try:
+            setattr(target, _ATTRIBUTE, (*registrations_of(target), registration))
+        except AttributeError:
+            raise TypeError(
+                f"model {name!r}: a {type(target).__name__} cannot be decorated; wrap it in a def"
+            ) from None
+        collected = collecting.get()
+        if collected is not None:
+            collected.append(registration)
+        return target
+
+    return register
+
+
+def registrations_of(target: object) -> tuple[Registration, ...]:
+    """What `@model` has said of an object (nothing: empty), not counting what a class inherited."""
+    own = vars(target) if hasattr(target, "__dict__") else {}
+    found: tuple[Registration, ...] = own.get(_ATTRIBUTE, ())
+    return found

@@ -1,0 +1,123 @@
+"""What front and worker say to one another. The order of messages on the socket is the only synchronisation.
+
+Payloads stand beside a message: in its tail when they are small, else in one shared segment (`Slot`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pullback_server.job import FaultRecord, Job, Outcome, Signature
+
+
+class Slot(msgspec.Struct, array_like=True, frozen=True):
+    """A segment by its owner's number. `size` is set in the message that brings its descriptor, else 0."""
+
+    segment: int
+    size: int = 0
+
+
+class Note(msgspec.Struct, array_like=True, tag="note"):
+    """News of segments.
+
+    released: of the receiver's, which the sender has read and will not look at again.
+    kept: of the receiver's, which something on the sender's side still looks at: they must never be used again.
+    dropped: of the sender's, which it has given up: the receiver should forget its mapping.
+    """
+
+    released: list[int] = []
+    kept: list[int] = []
+    dropped: list[int] = []
+
+
+class Setup(msgspec.Struct, array_like=True, tag="setup"):
+    """The first message to a worker. `registrations`: a cloudpickle of `list[Registration]`."""
+
+    name: str
+    device: str
+    threads: int
+    sources: list[str]
+    registrations: bytes | None
+    #: The front's sys.path, so that what it can import, a worker can.
+    path: list[str]
+    #: Idle segment bytes that the worker may hold on to.
+    idle_bytes: int
+
+
+class Run(msgspec.Struct, array_like=True, tag="run"):
+    """Compute a job unless `deadline` (time.monotonic, one clock for all processes) has passed.
+
+    note: to be heeded first; it rides along, since a message of its own would wake the worker twice.
+    """
+
+    id: int
+    job: Job
+    deadline: float
+    lengths: list[int]
+    slot: Slot | None
+    note: Note | None = None
+
+
+class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
+    """Do not begin this job if it has not begun."""
+
+    id: int
+
+
+class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
+    """All models are loaded."""
+
+    signatures: list[Signature]
+
+
+class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
+    """Models could not be loaded. `message` is for the operator, `traceback` for the log."""
+
+    message: str
+    traceback: str
+
+
+class Done(msgspec.Struct, array_like=True, tag="done"):
+    """A computed job. `kept`: the model still holds inputs, so their slot must never be used again."""
+
+    id: int
+    kept: bool
+    outcome: Outcome
+    compute: float
+    lengths: list[int]
+    slot: Slot | None
+
+
+class Failed(msgspec.Struct, array_like=True, tag="failed"):
+    """A job that came to nothing."""
+
+    id: int
+    kept: bool
+    fault: FaultRecord
+
+
+class Again(msgspec.Struct, array_like=True, tag="again"):
+    """The model writes into its inputs: send the job again, with the original bytes and `copy_inputs`."""
+
+    id: int
+    kept: bool
+
+
+class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
+    """A job that was not begun: its deadline had passed or it was cancelled."""
+
+    id: int
+
+
+class Leaving(msgspec.Struct, array_like=True, tag="leaving"):
+    """The worker ends itself, since its device is of no more use. No job that is still unanswered is to blame."""
+
+    message: str
+
+
+ToWorker = Setup | Run | Cancel | Note
+ToFront = Loaded | LoadFailed | Done | Failed | Again | Skipped | Leaving | Note
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_front = msgspec.msgpack.Decoder(ToFront).decode

@@ -1,0 +1,159 @@
+"""What travels along the road rpc -> scheduling -> fleet -> engine, and back.
+
+A `Job` describes one stateless call after its names were resolved. The bytes of its tensors are not in it: they stand
+in a list beside it, and tensors refer to them by index. `Outcome` is the same for results. Both are msgspec structs,
+because they cross a process boundary; dtypes are the wire's numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Kind = Literal["evaluate", "vjp", "jvp", "hvp", "jacobian", "hessian"]
+Place = Literal["input", "param", "target"]
+
+
+class TensorRef(msgspec.Struct, array_like=True, frozen=True):
+    """A tensor: name, wire number of its dtype, shape, and index of its bytes in the payload list beside the record."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    payload: int
+
+
+class Wrt(msgspec.Struct, array_like=True, frozen=True):
+    """One thing to differentiate with respect to. `label` is what the caller sees it called."""
+
+    place: Place
+    name: str
+    label: str
+
+
+class LossCall(msgspec.Struct, array_like=True, frozen=True):
+    """A loss by its name in torch.nn.functional; `bindings`: argument -> model output (empty: the only one, first)."""
+
+    name: str
+    options: dict[str, Any]
+    bindings: dict[str, str]
+
+
+class Job(msgspec.Struct, array_like=True):
+    """One stateless call. Fields as in the contract's requests (protos/pullback_wire/v1/gradient_service.proto)."""
+
+    kind: Kind
+    model: str
+    version: str
+    loss: LossCall | None
+    train: bool
+    seed: int | None
+    inputs: list[TensorRef]
+    parameters: list[TensorRef]
+    targets: list[TensorRef]
+    #: Resolved; for a JVP exactly those that have a tangent, in the tangents' order.
+    wrt: list[Wrt]
+    #: Named by output.
+    cotangents: list[TensorRef]
+    #: Whether the cotangents have a leading axis K.
+    batched: bool
+    #: Named by the label of a member of `wrt`.
+    tangents: list[TensorRef]
+    allow_unused: bool
+    return_outputs: bool
+    return_cotangent_derivatives: bool
+    #: Wire number for real floating results; 0: as computed.
+    result_dtype: int
+    max_norm: float | None
+    #: Largest sum of result bytes; more is refused before it is computed, where that can be known.
+    max_result_bytes: int
+    #: Largest number of cotangents in one call.
+    max_cotangents: int
+    #: Copy inputs before the model sees them. Set when the model turned out to write into its inputs.
+    copy_inputs: bool = False
+
+
+class GradRef(msgspec.Struct, array_like=True, frozen=True):
+    """A derivative named as `Wrt.label` (or as an output); `value` None: unused."""
+
+    name: str
+    value: TensorRef | None
+
+
+class BlockRef(msgspec.Struct, array_like=True, frozen=True):
+    """A block of a dense derivative; `value` None: unused."""
+
+    row: str
+    column: str
+    value: TensorRef | None
+
+
+class Outcome(msgspec.Struct, array_like=True):
+    """What a job came to. Fields that its kind does not have stay empty."""
+
+    outputs: list[TensorRef] = []
+    #: VJP; for a JVP the tangents of the outputs.
+    gradients: list[GradRef] = []
+    hvps: list[GradRef] = []
+    cotangent_derivatives: list[GradRef] = []
+    blocks: list[BlockRef] = []
+    norms: list[float] = []
+    #: Seconds by stage: "forward", "backward", "copy_in", "copy_out".
+    timings: dict[str, float] = {}
+    #: Bytes of device memory in use after the job (0 where the device does not say).
+    device_memory: int = 0
+
+
+class SpecRecord(msgspec.Struct, array_like=True, frozen=True):
+    """What a tensor of a signature looks like. dtype 0: any. shape None: any; a str in it is a named free extent."""
+
+    name: str
+    dtype: int = 0
+    shape: tuple[int | str, ...] | None = None
+    optional: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+class LossRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A loss and its arguments; the first of `tensors` is what the model's output feeds."""
+
+    name: str
+    tensors: tuple[str, ...]
+    optional_tensors: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+class OrdersRecord(msgspec.Struct, array_like=True, frozen=True):
+    """Promised orders: `reverse` -1: any order; `forward`: JVPs available; `evidence`: how that is known."""
+
+    reverse: int
+    forward: bool
+    evidence: str
+
+
+class Signature(msgspec.Struct, array_like=True):
+    """What a worker tells of a model it holds."""
+
+    name: str
+    version: str
+    description: str
+    inputs: list[SpecRecord]
+    outputs: list[SpecRecord]
+    parameters: list[SpecRecord]
+    batch_axis: int | None
+    losses: list[LossRecord]
+    orders: OrdersRecord
+    device: str
+    parameter_count: int
+
+
+class FaultRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A `faults.Fault` on its way to the front; `traceback` is for the log only."""
+
+    reason: str
+    message: str
+    field: str = ""
+    retry_after: float | None = None
+    traceback: str = ""

@@ -1,0 +1,52 @@
+"""From an `Outcome` to the response message of its RPC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf.message import Message
+
+from pullback_server.job import BlockRef, GradRef, Kind, Outcome, TensorRef
+from pullback_wire.v1 import gradient_service_pb2 as pb
+from pullback_wire.v1 import tensor_pb2
+
+
+def response(kind: Kind, outcome: Outcome) -> Message:
+    """The message, without payloads: its tensors refer to them by the outcome's own indices."""
+    outputs = [_tensor(ref) for ref in outcome.outputs]
+    if kind == "evaluate":
+        return pb.EvaluateResponse(outputs=outputs)
+    if kind == "vjp":
+        return pb.ComputeVjpResponse(outputs=outputs, gradients=_gradients(outcome.gradients), norms=outcome.norms)
+    if kind == "jvp":
+        return pb.ComputeJvpResponse(outputs=outputs, tangents=_gradients(outcome.gradients))
+    if kind == "hvp":
+        return pb.ComputeHvpResponse(
+            outputs=outputs,
+            gradients=_gradients(outcome.gradients),
+            hvps=_gradients(outcome.hvps),
+            cotangent_derivatives=_gradients(outcome.cotangent_derivatives),
+        )
+    blocks = [_block(ref) for ref in outcome.blocks]
+    if kind == "jacobian":
+        return pb.ComputeJacobianResponse(outputs=outputs, blocks=blocks)
+    return pb.ComputeHessianResponse(outputs=outputs, gradients=_gradients(outcome.gradients), blocks=blocks)
+
+
+def _tensor(ref: TensorRef) -> tensor_pb2.Tensor:
+    return tensor_pb2.Tensor(name=ref.name, dtype=ref.dtype, shape=ref.shape, payload=ref.payload)  # type: ignore[arg-type]
+
+
+def _gradients(refs: Sequence[GradRef]) -> list[pb.Gradient]:
+    return [
+        pb.Gradient(name=ref.name, unused=True)
+        if ref.value is None
+        else pb.Gradient(name=ref.name, value=_tensor(ref.value))
+        for ref in refs
+    ]
+
+
+def _block(ref: BlockRef) -> pb.Block:
+    if ref.value is None:
+        return pb.Block(row=ref.row, column=ref.column, unused=True)
+    return pb.Block(row=ref.row, column=ref.column, value=_tensor(ref.value))

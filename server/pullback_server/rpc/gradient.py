@@ -1,0 +1,59 @@
+"""GradientService: one handler for its six methods, which differ only in their messages."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from typing import cast
+
+from pullback_server.faults import Fault
+from pullback_server.job import Kind
+from pullback_server.rpc.answer import response
+from pullback_server.rpc.request import Request, Translator, wire_path
+from pullback_server.rpc.unary import Call
+from pullback_server.scheduling import Scheduler
+from pullback_server.telemetry import Metrics
+from pullback_wire import Method, decode, encode
+
+#: Answers larger than this are joined off the event loop; joining gives up the interpreter lock from 1 MiB on.
+_JOIN_ASIDE = 1 << 20
+
+
+class GradientHandler:
+    """Answers a gradient request: decode, check, schedule, encode."""
+
+    def __init__(self, translator: Translator, scheduler: Scheduler, metrics: Metrics, executor: Executor) -> None:
+        self._translator = translator
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._executor = executor
+
+    async def __call__(self, method: Method, data: bytes, call: Call) -> bytes:
+        """Raises Fault or WireError."""
+        message, payloads = decode(method.request, data)
+        request = cast(Request, message)
+        call.model = request.function.model
+        job = self._translator.job(request, payloads)
+        try:
+            scheduled = await self._scheduler.submit(job, payloads, call.deadline)
+        except Fault as fault:
+            fault.field = wire_path(fault.field, job)
+            raise
+        with scheduled.reply as reply:
+            kind: Kind = job.kind
+            header = response(kind, reply.outcome).SerializeToString()
+            if sum(len(payload) for payload in reply.payloads) < _JOIN_ASIDE:
+                answer = encode(header, reply.payloads)
+            else:
+                # Not cancelled half-way: leaving the context gives the memory that is being read back to the worker.
+                joining = asyncio.get_running_loop().run_in_executor(self._executor, encode, header, reply.payloads)
+                try:
+                    answer = await asyncio.shield(joining)
+                except asyncio.CancelledError:
+                    await asyncio.wait([joining])
+                    raise
+            stages = self._metrics.stage_seconds
+            stages.labels("queue", job.model).observe(scheduled.queued)
+            for stage in ("transfer", "compute"):
+                stages.labels(stage, job.model).observe(reply.timings[stage])
+        return answer

@@ -1,0 +1,108 @@
+"""The gRPC server: which services there are, on which port, with which limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from pullback_server.fleet.seam import Fleet
+from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.gradient import GradientHandler
+from pullback_server.rpc.models import ModelHandler
+from pullback_server.rpc.request import ResultLimits, Translator
+from pullback_server.rpc.unary import Handler, Unary
+from pullback_server.scheduling import Scheduler
+from pullback_server.telemetry import Metrics
+from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, Method
+
+#: Room for a response's names and shapes besides its payloads.
+_DESCRIPTIONS = 4 << 20
+
+
+@dataclass(frozen=True)
+class FrontOptions:
+    """How the front listens and what it lets in.
+
+    max_message_bytes: of one request, and of the tensors of one response.
+    max_call_seconds: what a call without a deadline may take.
+    """
+
+    host: str
+    port: int
+    max_message_bytes: int
+    max_cotangents: int
+    max_call_seconds: float
+
+
+class Front:
+    """The services on one port."""
+
+    def __init__(self, options: FrontOptions, fleet: Fleet, scheduler: Scheduler, metrics: Metrics) -> None:
+        self._options = options
+        self._catalogue = Catalogue(fleet)
+        # Joins large answers off the event loop.
+        self._executor = ThreadPoolExecutor(2, "pullback-encode")
+        self._health = HealthServicer()
+        unary = Unary(metrics, self._catalogue.label, options.max_call_seconds)
+        limits = ResultLimits(options.max_message_bytes, options.max_cotangents)
+        translator = Translator(self._catalogue, limits)
+        gradients = GradientHandler(translator, scheduler, metrics, self._executor)
+        self._server = grpc.aio.server(
+            options=[
+                # Two servers on one port would share its callers without anybody having said so.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                # Results are held to the limit before they are computed; what describes them comes on top.
+                ("grpc.max_send_message_length", min(options.max_message_bytes + _DESCRIPTIONS, 2**31 - 1)),
+                ("grpc.max_metadata_size", 16 * 1024),
+                # Notices peers that vanished; lets clients ping an idle connection.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+        )
+        self._services = [
+            self._add(unary, GRADIENT_METHODS.values(), gradients),
+            self._add(unary, MODEL_METHODS.values(), ModelHandler(self._catalogue)),
+        ]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        self.port = 0
+
+    def _add(self, unary: Unary, methods: Iterable[Method], handler: Handler) -> str:
+        methods = list(methods)
+        handlers = {method.name: unary.method_handler(method, handler) for method in methods}
+        service = methods[0].service
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        return service
+
+    async def start(self) -> None:
+        """Listens and answers. Raises OSError when the address cannot be bound."""
+        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+        address = f"{host}:{self._options.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+        await self._server.start()
+        await self.announce(True)
+
+    async def announce(self, serving: bool) -> None:
+        """Sets the health of the server, of each service, and of each model."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ["", *self._services, *self._catalogue.names()]:
+            await self._health.set(name, state)
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls, lets those that run end within `grace` seconds, then ends them."""
+        await self.announce(False)
+        await self._server.stop(grace)
+        self._executor.shutdown(wait=False)

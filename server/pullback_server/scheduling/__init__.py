@@ -1,0 +1,5 @@
+"""Where a job waits for a worker. Knows neither torch nor grpc."""
+
+from pullback_server.scheduling.scheduler import Limits, Scheduled, Scheduler
+
+__all__ = ["Limits", "Scheduled", "Scheduler"]

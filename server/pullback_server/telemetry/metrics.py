@@ -1,0 +1,87 @@
+"""Every metric, declared here and nowhere else.
+
+Labels are bounded: method names, names of hosted models ("" where a request names none that is hosted), status codes,
+stages, worker states. Never ids, keys or addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+#: Upper bounds in seconds, from a small model on a quiet machine to minutes of simulation.
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
+
+
+class _Workers(Collector):
+    """Read from the fleet at each scrape, not counted twice."""
+
+    def __init__(self, states: Callable[[], Mapping[str, int]], restarts: Callable[[], int]) -> None:
+        self._states = states
+        self._restarts = restarts
+
+    def collect(self) -> Iterator[Metric]:
+        workers = GaugeMetricFamily("pullback_workers", "Worker processes by state.", labels=["state"])
+        for state, number in self._states().items():
+            workers.add_metric([state], number)
+        yield workers
+        yield CounterMetricFamily(
+            "pullback_worker_restarts", "Workers replaced since the server started.", value=self._restarts()
+        )
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own, so that two embedded servers do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "pullback_requests",
+            "Calls answered, by RPC, hosted model and gRPC status code.",
+            ["method", "model", "code"],
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "pullback_request_duration_seconds",
+            "Time from the request's arrival to its answer, by RPC and hosted model.",
+            ["method", "model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "pullback_stage_duration_seconds",
+            "Time of a successful call by stage: queue (waiting for a worker), transfer (tensors to the worker and "
+            "back), compute (forward and backward).",
+            ["stage", "model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "pullback_requests_in_flight", "Calls being answered, by RPC.", ["method"], registry=self.registry
+        )
+        self.received_bytes = Counter(
+            "pullback_request_bytes", "Bytes of request messages, by RPC.", ["method"], registry=self.registry
+        )
+        self.sent_bytes = Counter(
+            "pullback_response_bytes", "Bytes of response messages, by RPC.", ["method"], registry=self.registry
+        )
+        self.queued = Gauge("pullback_queue_length", "Calls that wait for a worker.", registry=self.registry)
+        self.bytes_in_flight = Gauge(
+            "pullback_bytes_in_flight", "Bytes of tensors of the calls being computed.", registry=self.registry
+        )
+
+    def watch(
+        self,
+        *,
+        queued: Callable[[], float],
+        bytes_in_flight: Callable[[], float],
+        restarts: Callable[[], int],
+        workers: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """Reads these at each scrape."""
+        self.queued.set_function(queued)
+        self.bytes_in_flight.set_function(bytes_in_flight)
+        self.registry.register(_Workers(workers, restarts))

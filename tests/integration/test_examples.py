@@ -1,0 +1,40 @@
+"""The README's code and the example programs do what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pullback_server import Server
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_first_example_of_the_readme(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    models, client = blocks[0], blocks[1]
+    file = tmp_path / "models.py"
+    file.write_text(models)
+    names: dict[str, object] = {}
+    exec(models, names)
+    energy = names["energy"]
+    with Server(file, threads=1) as server:
+        exec(client.replace("localhost:8470", server.target), names)
+    x = torch.from_numpy(np.asarray(names["x"])).requires_grad_()
+    value = energy(x)  # type: ignore[operator]
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    (curvature,) = torch.autograd.grad((gradient * torch.from_numpy(names["direction"])).sum(), x)
+    np.testing.assert_allclose(names["energy"], value.item())
+    np.testing.assert_allclose(names["grads"]["x"], gradient.detach().numpy(), rtol=1e-10)  # type: ignore[index]
+    np.testing.assert_allclose(names["curvature"], curvature.numpy(), rtol=1e-8)  # type: ignore[arg-type]
+
+
+def test_vibrations() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "vibrations.py")], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "energy at rest -16.505384" in done.stdout

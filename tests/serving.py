@@ -1,0 +1,58 @@
+"""A server process of a test's own, and where it listens."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+
+from pullback_wire import GRADIENT_METHODS, TensorWriter, encode_message
+from pullback_wire.v1 import gradient_service_pb2 as pb
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pullback_server.cli", *arguments]
+
+
+class Served:
+    """A server process and where it listens, as its log says."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command("serve", *arguments, "--port", "0", "--metrics-port", "0", "--threads", "1"),
+                stderr=log,
+                cwd=folder,
+            )
+        found = None
+        until = time.monotonic() + 60
+        while found is None:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.05)
+            found = re.search(r"gRPC on 127\.0\.0\.1:(\d+), metrics on (http://127\.0\.0\.1:\d+)", self.log.read_text())
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{found[1]}")
+        self.target = f"127.0.0.1:{found[1]}"
+        self.http = found[2]
+        self.workers = psutil.Process(self.process.pid).children()
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.http + path, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def vjp(self, values: list[float], model: str = "square", timeout: float = 30) -> grpc.Future:
+        writer = TensorWriter()
+        x = np.array(values)
+        request = pb.ComputeVjpRequest(
+            function={"model": model},
+            inputs=[writer.add("x", x)],
+            cotangents=[writer.add("output", np.ones_like(x))],
+        )
+        call = self.channel.unary_unary(GRADIENT_METHODS["ComputeVjp"].path)
+        return call.future(encode_message(request, writer.payloads), timeout=timeout)
