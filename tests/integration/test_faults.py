@@ -101,15 +101,27 @@ def load(target: str, callers: int, calls: int, failures: list[BaseException]) -
     return threads
 
 
-def test_killed_workers_under_load_leave_right_answers_and_nothing_else(server: Server) -> None:
-    failures: list[BaseException] = []
-    for thread in load(server.target, 4, 4, failures):
-        thread.join()
-    assert not failures
-    descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
-    before = {worker.pid for worker in workers()}
-    assert len(before) == 2
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
+
+def test_killed_workers_under_load_leave_right_answers_and_nothing_else() -> None:
+    _others.clear()
+    _others.update(worker.pid for worker in workers())
+    # What gRPC opens once for the process is open after this.
+    with Server(identity, devices="cpu", threads=1) as server, pb.connect(server.target) as client:
+        client.model("identity").evaluate(np.ones(3))
+    descriptors = open_descriptors()
+    with Server(cube, suicide, identity, devices="cpu:2", threads=1, max_message_bytes=200 * MIB) as server:
+        kill_under_load(server)
+    # Connections that other tests of this process left to the garbage collector may have gone meanwhile.
+    assert open_descriptors() <= descriptors + 2
+    assert not workers()
+    assert not list(Path("/dev/shm").glob("*pullback*"))
+
+
+def kill_under_load(server: Server) -> None:
+    failures: list[BaseException] = []
     threads = load(server.target, 6, 40, failures)
     killed = 0
     while any(thread.is_alive() for thread in threads):
@@ -125,15 +137,12 @@ def test_killed_workers_under_load_leave_right_answers_and_nothing_else(server: 
         thread.join()
     assert not failures
     assert killed >= 1
-    # The service goes on with as many workers, and holds no more descriptors than before.
+    # The service goes on, with no more workers than there were.
     with pb.connect(server.target) as client:
         x = np.arange(3.0)
         for _ in range(8):
             np.testing.assert_array_equal(client.model("identity").evaluate(x), x)
-    until = [worker.pid for worker in workers()]
-    assert len(until) <= 2
-    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= descriptors + 4
-    assert not list(Path("/dev/shm").glob("*pullback*"))
+    assert len(workers()) <= 2
 
 
 def test_a_job_that_kills_its_worker_is_refused_after_the_second_victim(server: Server) -> None:

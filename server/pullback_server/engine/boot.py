@@ -29,6 +29,8 @@ def settle(parent: int) -> None:
     # Handlers, not SIG_IGN, which a program started by a model would inherit.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    # The front started this process with them blocked, for importing torch takes seconds.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     # Every mapped segment costs a descriptor.
     usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = _DESCRIPTORS if most == resource.RLIM_INFINITY else min(_DESCRIPTORS, most)

@@ -57,7 +57,7 @@ class Spawner:
     """Starts processes from one thread that lasts: a child is killed when the very thread that started it ends."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "pullback-spawner")
+        self._thread = ThreadPoolExecutor(1, "pullback-spawner", initializer=_hold_signals)
 
     async def spawn(self, sock: socket.socket, threads: int, on_exit: Callable[[], None]) -> Process:
         """Starts a worker that talks on `sock`, which is then closed here. Raises OSError."""
@@ -78,6 +78,12 @@ class Spawner:
     def close(self) -> None:
         """To be called when every process has ended."""
         self._thread.shutdown(wait=False)
+
+
+def _hold_signals() -> None:
+    """A child begins with its thread's mask: until it has handlers, which it sets before it unblocks them, a signal to
+    the whole container must not end it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def _popen(sock: socket.socket, threads: int) -> subprocess.Popen[bytes]:
