@@ -3,10 +3,10 @@
     PullbackError
       InvalidArgument (ValueError)       MalformedRequest BadTensor BadName BadCotangent ValueOutOfRange BadOption
                                          MissingCotangent (RuntimeError too, as in torch) ResultTooLarge
-                                         ComplexUnsupported
-      NotFound (LookupError)             ModelNotFound VersionNotFound LossNotFound
+                                         ComplexUnsupported BadHandle BadOperand (RuntimeError too, as in torch)
+      NotFound (LookupError)             ModelNotFound VersionNotFound LossNotFound OperationNotFound
       FailedPrecondition (RuntimeError)  NotDifferentiable UnusedInput GraphFreed OrderUnavailable UnsupportedByModel
-                                         NotOnSessionWorker DependencyFailed
+                                         ModifiedInPlace NotOnSessionWorker DependencyFailed
       ResourceExhausted (RuntimeError)   Overloaded OutOfMemory (MemoryError too) SessionBudgetExceeded MessageTooLarge
       InternalError (RuntimeError)       ModelError ProtocolError
       Unavailable (ConnectionError)      NotReady WorkerLost
@@ -219,6 +219,18 @@ class ComplexUnsupported(InvalidArgument):
     cause = Reason.COMPLEX_UNSUPPORTED
 
 
+class BadHandle(InvalidArgument):
+    """A tensor is not known to its session, or its number is taken."""
+
+    cause = Reason.BAD_HANDLE
+
+
+class BadOperand(InvalidArgument, RuntimeError):
+    """Operands do not go together, or not with the operation."""
+
+    cause = Reason.BAD_OPERAND
+
+
 class ModelNotFound(NotFound):
     """No model of this name is hosted."""
 
@@ -235,6 +247,12 @@ class LossNotFound(NotFound):
     """No loss of this name."""
 
     cause = Reason.LOSS_NOT_FOUND
+
+
+class OperationNotFound(NotFound):
+    """No tensor operation of this name."""
+
+    cause = Reason.OPERATION_NOT_FOUND
 
 
 class NotDifferentiable(FailedPrecondition):
@@ -265,6 +283,12 @@ class UnsupportedByModel(FailedPrecondition):
     """This kind of model cannot do what the call asks for."""
 
     cause = Reason.UNSUPPORTED_BY_MODEL
+
+
+class ModifiedInPlace(FailedPrecondition):
+    """A tensor that the backward needs was changed in place after the forward."""
+
+    cause = Reason.MODIFIED_IN_PLACE
 
 
 class NotOnSessionWorker(FailedPrecondition):

@@ -70,6 +70,14 @@ class Reason(enum.Enum):
     ORDER_UNAVAILABLE = "ORDER_UNAVAILABLE", Code.FAILED_PRECONDITION
     #: What the call asks for, this kind of model cannot do.
     UNSUPPORTED_BY_MODEL = "UNSUPPORTED_BY_MODEL", Code.FAILED_PRECONDITION
+    #: A tensor that a backward needs was changed in place after the forward.
+    MODIFIED_IN_PLACE = "MODIFIED_IN_PLACE", Code.FAILED_PRECONDITION
+    #: A handle is not known to the session, or is in use already.
+    BAD_HANDLE = "BAD_HANDLE", Code.INVALID_ARGUMENT
+    #: Operands do not go together, or not with the tensor operation.
+    BAD_OPERAND = "BAD_OPERAND", Code.INVALID_ARGUMENT
+    #: No tensor operation of this name.
+    OPERATION_NOT_FOUND = "OPERATION_NOT_FOUND", Code.NOT_FOUND
     #: The session's worker does not hold this model.
     NOT_ON_SESSION_WORKER = "NOT_ON_SESSION_WORKER", Code.FAILED_PRECONDITION
     #: An op depends on a handle that an earlier failed op should have made.

@@ -37,6 +37,7 @@ class SessionRequest(google.protobuf.message.Message):
     GRAD_FIELD_NUMBER: builtins.int
     GET_FIELD_NUMBER: builtins.int
     RELEASE_ONLY_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
     STATELESS_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
@@ -44,10 +45,12 @@ class SessionRequest(google.protobuf.message.Message):
     CLOSE_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
     op: builtins.int
-    """Number of the op, counted up by the client; 0 for frames that are not answered (chunk, heartbeat, credit)."""
+    """Number of the op, counted up from 1 by the client (`open` is 1); 0 for frames that are not answered (chunk,
+    heartbeat, credit, close).
+    """
     @property
     def release(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Handles the client no longer holds; they go before this frame's op runs."""
+        """Handles the client no longer holds; they go before this frame's op runs. Unknown ones are passed over."""
 
     @property
     def open(self) -> Global___OpenSession:
@@ -72,6 +75,10 @@ class SessionRequest(google.protobuf.message.Message):
     @property
     def release_only(self) -> Global___ReleaseOp:
         """Nothing but the `release` list."""
+
+    @property
+    def parameters(self) -> Global___ParametersOp:
+        """Handles for hosted parameters."""
 
     @property
     def stateless(self) -> Global___StatelessOp:
@@ -108,6 +115,7 @@ class SessionRequest(google.protobuf.message.Message):
         grad: Global___GradOp | None = ...,
         get: Global___GetOp | None = ...,
         release_only: Global___ReleaseOp | None = ...,
+        parameters: Global___ParametersOp | None = ...,
         stateless: Global___StatelessOp | None = ...,
         chunk: Global___Chunk | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
@@ -115,9 +123,9 @@ class SessionRequest(google.protobuf.message.Message):
         close: Global___CloseSession | None = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["call", b"call", "chunk", b"chunk", "close", b"close", "credit", b"credit", "frame", b"frame", "get", b"get", "grad", b"grad", "heartbeat", b"heartbeat", "open", b"open", "put", b"put", "release_only", b"release_only", "stateless", b"stateless"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "chunk", b"chunk", "close", b"close", "credit", b"credit", "frame", b"frame", "get", b"get", "grad", b"grad", "heartbeat", b"heartbeat", "op", b"op", "open", b"open", "payloads", b"payloads", "put", b"put", "release", b"release", "release_only", b"release_only", "stateless", b"stateless"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["open", "put", "call", "grad", "get", "release_only", "stateless", "chunk", "heartbeat", "credit", "close"] | None: ...
+    def HasField(self, field_name: typing.Literal["call", b"call", "chunk", b"chunk", "close", b"close", "credit", b"credit", "frame", b"frame", "get", b"get", "grad", b"grad", "heartbeat", b"heartbeat", "open", b"open", "parameters", b"parameters", "put", b"put", "release_only", b"release_only", "stateless", b"stateless"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "chunk", b"chunk", "close", b"close", "credit", b"credit", "frame", b"frame", "get", b"get", "grad", b"grad", "heartbeat", b"heartbeat", "op", b"op", "open", b"open", "parameters", b"parameters", "payloads", b"payloads", "put", b"put", "release", b"release", "release_only", b"release_only", "stateless", b"stateless"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["open", "put", "call", "grad", "get", "release_only", "parameters", "stateless", "chunk", "heartbeat", "credit", "close"] | None: ...
 
 Global___SessionRequest: typing_extensions.TypeAlias = SessionRequest
 
@@ -141,7 +149,7 @@ class SessionResponse(google.protobuf.message.Message):
     """The op that this answers; 0 for frames that answer none."""
     @property
     def status(self) -> Global___OpStatus:
-        """Absent or OK: the op succeeded."""
+        """Absent or OK: the op succeeded. Otherwise `frame` is not set."""
 
     @property
     def opened(self) -> Global___SessionOpened:
@@ -149,7 +157,7 @@ class SessionResponse(google.protobuf.message.Message):
 
     @property
     def result(self) -> Global___OpResult:
-        """Answers put, call, grad, get and release_only."""
+        """Answers put, call, grad, get, parameters and release_only."""
 
     @property
     def stateless(self) -> Global___StatelessResult:
@@ -230,6 +238,14 @@ class OpenSession(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: builtins.int
+    CREDIT_BYTES_FIELD_NUMBER: builtins.int
+    CHUNK_THRESHOLD_FIELD_NUMBER: builtins.int
+    credit_bytes: builtins.int
+    """How many bytes of chunks the server may send before it is granted more; 0: the client takes no chunks, and values
+    travel in `payloads` as far as the server's message limit lets them.
+    """
+    chunk_threshold: builtins.int
+    """Values of this many bytes or more are sent as chunks; 0: the server's choice."""
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelRef]:
         """Models it will use; a worker that has them all is chosen."""
@@ -238,8 +254,10 @@ class OpenSession(google.protobuf.message.Message):
         self,
         *,
         models: collections.abc.Iterable[Global___ModelRef] | None = ...,
+        credit_bytes: builtins.int = ...,
+        chunk_threshold: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["models", b"models"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_threshold", b"chunk_threshold", "credit_bytes", b"credit_bytes", "models", b"models"]) -> None: ...
 
 Global___OpenSession: typing_extensions.TypeAlias = OpenSession
 
@@ -276,6 +294,8 @@ class SessionOpened(google.protobuf.message.Message):
     CREDIT_BYTES_FIELD_NUMBER: builtins.int
     HEARTBEAT_TIMEOUT_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    IDLE_TIMEOUT_FIELD_NUMBER: builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """For logs on both sides; it opens nothing."""
     budget_bytes: builtins.int
@@ -284,9 +304,17 @@ class SessionOpened(google.protobuf.message.Message):
     """How many bytes of chunks the client may send before it is granted more."""
     device: builtins.str
     """Device of the worker, e.g. "cuda:0"."""
+    max_message_bytes: builtins.int
+    """Most bytes one message may have, payloads included."""
     @property
     def heartbeat_timeout(self) -> google.protobuf.duration_pb2.Duration:
-        """A side that hears nothing for this long takes the other for gone."""
+        """A side that hears nothing for this long takes the other for gone. Each side sends a heartbeat when it has sent
+        nothing else for a third of it.
+        """
+
+    @property
+    def idle_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """A session without an op for this long is ended (ABORTED, SESSION_LOST)."""
 
     def __init__(
         self,
@@ -296,9 +324,11 @@ class SessionOpened(google.protobuf.message.Message):
         credit_bytes: builtins.int = ...,
         heartbeat_timeout: google.protobuf.duration_pb2.Duration | None = ...,
         device: builtins.str = ...,
+        idle_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        max_message_bytes: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["heartbeat_timeout", b"heartbeat_timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "credit_bytes", b"credit_bytes", "device", b"device", "heartbeat_timeout", b"heartbeat_timeout", "session_id", b"session_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["heartbeat_timeout", b"heartbeat_timeout", "idle_timeout", b"idle_timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "credit_bytes", b"credit_bytes", "device", b"device", "heartbeat_timeout", b"heartbeat_timeout", "idle_timeout", b"idle_timeout", "max_message_bytes", b"max_message_bytes", "session_id", b"session_id"]) -> None: ...
 
 Global___SessionOpened: typing_extensions.TypeAlias = SessionOpened
 
@@ -321,7 +351,7 @@ class PutOp(google.protobuf.message.Message):
 
     @property
     def requires_grad(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
-        """Whether each requires grad, in the same order."""
+        """Whether each requires grad, in the same order; empty: none does."""
 
     def __init__(
         self,
@@ -335,6 +365,41 @@ class PutOp(google.protobuf.message.Message):
 Global___PutOp: typing_extensions.TypeAlias = PutOp
 
 @typing.final
+class ParametersOp(google.protobuf.message.Message):
+    """Makes handles for parameters of a hosted model, as leaves that require grad. They start with the hosted values and
+    belong to the session: what changes them in place changes nothing that others see.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    NAMES_FIELD_NUMBER: builtins.int
+    HANDLES_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> Global___ModelRef:
+        """The model."""
+
+    @property
+    def names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of parameters."""
+
+    @property
+    def handles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Their handles, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___ModelRef | None = ...,
+        names: collections.abc.Iterable[builtins.str] | None = ...,
+        handles: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["handles", b"handles", "model", b"model", "names", b"names"]) -> None: ...
+
+Global___ParametersOp: typing_extensions.TypeAlias = ParametersOp
+
+@typing.final
 class Operand(google.protobuf.message.Message):
     """An operand: a handle, or a tensor in the frame."""
 
@@ -343,10 +408,16 @@ class Operand(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     HANDLE_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
+    REQUIRES_GRAD_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the argument it is for."""
     handle: builtins.int
     """A tensor the session holds."""
+    keep: builtins.int
+    """With `tensor`: stores it under this handle too, as a PutOp before the op would; 0: it is not stored."""
+    requires_grad: builtins.bool
+    """With `keep`: whether it requires grad."""
     @property
     def tensor(self) -> pullback_wire.v1.tensor_pb2.Tensor:
         """A tensor in this frame."""
@@ -357,9 +428,11 @@ class Operand(google.protobuf.message.Message):
         name: builtins.str = ...,
         handle: builtins.int = ...,
         tensor: pullback_wire.v1.tensor_pb2.Tensor | None = ...,
+        keep: builtins.int = ...,
+        requires_grad: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["handle", b"handle", "source", b"source", "tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["handle", b"handle", "name", b"name", "source", b"source", "tensor", b"tensor"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "keep", b"keep", "name", b"name", "requires_grad", b"requires_grad", "source", b"source", "tensor", b"tensor"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["handle", "tensor"] | None: ...
 
 Global___Operand: typing_extensions.TypeAlias = Operand
@@ -381,6 +454,7 @@ class CallOp(google.protobuf.message.Message):
     MAX_ORDER_FIELD_NUMBER: builtins.int
     NO_GRAD_FIELD_NUMBER: builtins.int
     OPTIONS_JSON_FIELD_NUMBER: builtins.int
+    FETCH_BELOW_FIELD_NUMBER: builtins.int
     operation: builtins.str
     """A whitelisted tensor operation, e.g. "add"."""
     max_order: builtins.int
@@ -388,7 +462,9 @@ class CallOp(google.protobuf.message.Message):
     no_grad: builtins.bool
     """True: no graph is recorded, as under torch.no_grad()."""
     options_json: builtins.str
-    """Options of a tensor operation, as JSON."""
+    """Options of a tensor operation, as a JSON object; see pullback_wire.operations."""
+    fetch_below: builtins.int
+    """Outputs of at most this many bytes come back in the answer without being named in `fetch`."""
     @property
     def function(self) -> pullback_wire.v1.function_pb2.Function:
         """A hosted model."""
@@ -411,7 +487,9 @@ class CallOp(google.protobuf.message.Message):
 
     @property
     def handles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Handles for the outputs, in order."""
+        """Handles for the outputs, in order. Where there are more outputs, they get the numbers that follow the last handle;
+        so a client that does not know how many there will be names one handle and leaves room behind it.
+        """
 
     @property
     def fetch(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -431,9 +509,10 @@ class CallOp(google.protobuf.message.Message):
         max_order: builtins.int | None = ...,
         no_grad: builtins.bool = ...,
         options_json: builtins.str = ...,
+        fetch_below: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_order", b"_max_order", "callee", b"callee", "function", b"function", "loss", b"loss", "max_order", b"max_order", "operation", b"operation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_order", b"_max_order", "callee", b"callee", "fetch", b"fetch", "function", b"function", "handles", b"handles", "inputs", b"inputs", "loss", b"loss", "max_order", b"max_order", "no_grad", b"no_grad", "operation", b"operation", "options_json", b"options_json", "parameters", b"parameters", "targets", b"targets"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_order", b"_max_order", "callee", b"callee", "fetch", b"fetch", "fetch_below", b"fetch_below", "function", b"function", "handles", b"handles", "inputs", b"inputs", "loss", b"loss", "max_order", b"max_order", "no_grad", b"no_grad", "operation", b"operation", "options_json", b"options_json", "parameters", b"parameters", "targets", b"targets"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_order", b"_max_order"]) -> typing.Literal["max_order"] | None: ...
     @typing.overload
@@ -456,6 +535,7 @@ class GradOp(google.protobuf.message.Message):
     ALLOW_UNUSED_FIELD_NUMBER: builtins.int
     IS_GRADS_BATCHED_FIELD_NUMBER: builtins.int
     FETCH_FIELD_NUMBER: builtins.int
+    FETCH_BELOW_FIELD_NUMBER: builtins.int
     retain_graph: builtins.bool
     """Absent: the value of create_graph."""
     create_graph: builtins.bool
@@ -464,6 +544,8 @@ class GradOp(google.protobuf.message.Message):
     """False: an input the outputs do not depend on is an error."""
     is_grads_batched: builtins.bool
     """grad_outputs have a leading axis of independent cotangents."""
+    fetch_below: builtins.int
+    """Gradients of at most this many bytes come back in the answer without being named in `fetch`."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Outputs to differentiate."""
@@ -496,9 +578,10 @@ class GradOp(google.protobuf.message.Message):
         allow_unused: builtins.bool = ...,
         is_grads_batched: builtins.bool = ...,
         fetch: collections.abc.Iterable[builtins.int] | None = ...,
+        fetch_below: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_retain_graph", b"_retain_graph", "retain_graph", b"retain_graph"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_retain_graph", b"_retain_graph", "allow_unused", b"allow_unused", "create_graph", b"create_graph", "fetch", b"fetch", "grad_outputs", b"grad_outputs", "handles", b"handles", "inputs", b"inputs", "is_grads_batched", b"is_grads_batched", "outputs", b"outputs", "retain_graph", b"retain_graph"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_retain_graph", b"_retain_graph", "allow_unused", b"allow_unused", "create_graph", b"create_graph", "fetch", b"fetch", "fetch_below", b"fetch_below", "grad_outputs", b"grad_outputs", "handles", b"handles", "inputs", b"inputs", "is_grads_batched", b"is_grads_batched", "outputs", b"outputs", "retain_graph", b"retain_graph"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_retain_graph", b"_retain_graph"]) -> typing.Literal["retain_graph"] | None: ...
 
 Global___GradOp: typing_extensions.TypeAlias = GradOp
@@ -702,23 +785,29 @@ Global___HandleInfo: typing_extensions.TypeAlias = HandleInfo
 
 @typing.final
 class Chunk(google.protobuf.message.Message):
-    """A part of a tensor too large for one message."""
+    """A part of a tensor too large for one message; its bytes are the frame's one payload, at most 4 MiB. All chunks of a
+    transfer come before the op that refers to it. A chunk of `size` 0 gives a transfer up that no op has claimed.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TRANSFER_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
     transfer: builtins.int
     """The transfer it belongs to, counted up by the sender."""
     offset: builtins.int
-    """Where in the tensor the bytes go; parts come in order."""
+    """Where in the tensor the bytes go; parts come in order and without gaps."""
+    size: builtins.int
+    """Bytes of the whole tensor; the same in each of its chunks. The chunk that reaches it is the last."""
     def __init__(
         self,
         *,
         transfer: builtins.int = ...,
         offset: builtins.int = ...,
+        size: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["offset", b"offset", "transfer", b"transfer"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["offset", b"offset", "size", b"size", "transfer", b"transfer"]) -> None: ...
 
 Global___Chunk: typing_extensions.TypeAlias = Chunk
 
@@ -742,7 +831,7 @@ class Credit(google.protobuf.message.Message):
 
     BYTES_FIELD_NUMBER: builtins.int
     bytes: builtins.int
-    """How many more bytes of chunks may be sent."""
+    """How many more bytes of chunks may be sent. Chunks that were refused are granted anew as well."""
     def __init__(
         self,
         *,
