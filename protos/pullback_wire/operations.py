@@ -40,53 +40,43 @@ class Operation:
     in_place: bool = False
 
 
-def _table() -> dict[str, Operation]:
-    found: list[Operation] = []
-    binary = ("input", "other")
-    for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"):
-        found.append(Operation(name, binary, binary))
-    found.append(Operation("pow", ("input", "exponent"), ("input", "exponent")))
-    for name in ("maximum", "minimum", "matmul", "logical_and", "logical_or"):
-        found.append(Operation(name, binary))
-    for name in (
-        "neg abs sign square sqrt rsqrt reciprocal exp expm1 log log1p sin cos tan asin acos atan sinh cosh tanh "
-        "sigmoid relu softplus silu erf conj real imag angle isfinite isnan logical_not floor ceil round "
-        "clone detach zeros_like ones_like"
-    ).split():
-        found.append(Operation(name, ("input",)))
-    found.append(Operation("gelu", ("input",), options=("approximate",)))
-    for name in ("sum", "mean", "amax", "amin", "all", "any"):
-        found.append(Operation(name, ("input",), options=("dim", "keepdim")))
-    for name in ("std", "var"):
-        found.append(Operation(name, ("input",), options=("dim", "correction", "keepdim")))
-    found.append(Operation("norm", ("input",), options=("ord", "dim", "keepdim")))
-    found.append(Operation("logsumexp", ("input",), options=("dim", "keepdim"), required=("dim",)))
-    for name in ("softmax", "log_softmax", "cumsum"):
-        found.append(Operation(name, ("input",), options=("dim",), required=("dim",)))
-    for name in ("argmax", "argmin"):
-        found.append(Operation(name, ("input",), options=("dim", "keepdim")))
-    found += [
-        Operation("clamp", ("input", "min", "max"), ("min", "max")),
-        Operation("where", ("condition", "input", "other"), ("input", "other")),
-        Operation("reshape", ("input",), options=("shape",), required=("shape",)),
-        Operation("expand", ("input",), options=("shape",), required=("shape",)),
-        Operation("permute", ("input",), options=("dims",), required=("dims",)),
-        Operation("transpose", ("input",), options=("dim0", "dim1"), required=("dim0", "dim1")),
-        Operation("flatten", ("input",), options=("start_dim", "end_dim")),
-        Operation("squeeze", ("input",), options=("dim",)),
-        Operation("unsqueeze", ("input",), options=("dim",), required=("dim",)),
-        Operation("index", ("input",), options=("items",), required=("items",), variadic=True),
-        Operation("cat", (), options=("dim",), variadic=True),
-        Operation("stack", (), options=("dim",), variadic=True),
-        Operation("to", ("input",), options=("dtype",), required=("dtype",)),
-        Operation("requires_grad_", ("input",), options=("requires_grad",), in_place=True),
-        Operation("zero_", ("input",), in_place=True),
-        Operation("copy_", ("input", "other"), in_place=True),
-    ]
-    for name in ("add_", "sub_", "mul_", "div_"):
-        found.append(Operation(name, binary, ("other",), in_place=True))
-    return {operation.name: operation for operation in found}
+_BINARY = ("input", "other")
+_NO_OPTIONS = (
+    "neg abs sign square sqrt rsqrt reciprocal exp expm1 log log1p sin cos tan asin acos atan sinh cosh tanh sigmoid "
+    "relu softplus silu erf conj real imag angle isfinite isnan logical_not floor ceil round clone detach zeros_like "
+    "ones_like"
+)
 
+_ALL = [
+    *(Operation(name, _BINARY, _BINARY) for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge")),
+    Operation("pow", ("input", "exponent"), ("input", "exponent")),
+    *(Operation(name, _BINARY) for name in ("maximum", "minimum", "matmul", "logical_and", "logical_or")),
+    *(Operation(name, ("input",)) for name in _NO_OPTIONS.split()),
+    Operation("gelu", ("input",), options=("approximate",)),
+    *(Operation(n, ("input",), options=("dim", "keepdim")) for n in ("sum", "mean", "amax", "amin", "all", "any")),
+    *(Operation(name, ("input",), options=("dim", "correction", "keepdim")) for name in ("std", "var")),
+    Operation("norm", ("input",), options=("ord", "dim", "keepdim")),
+    Operation("logsumexp", ("input",), options=("dim", "keepdim"), required=("dim",)),
+    *(Operation(n, ("input",), options=("dim",), required=("dim",)) for n in ("softmax", "log_softmax", "cumsum")),
+    *(Operation(name, ("input",), options=("dim", "keepdim")) for name in ("argmax", "argmin")),
+    Operation("clamp", ("input", "min", "max"), ("min", "max")),
+    Operation("where", ("condition", "input", "other"), ("input", "other")),
+    Operation("reshape", ("input",), options=("shape",), required=("shape",)),
+    Operation("expand", ("input",), options=("shape",), required=("shape",)),
+    Operation("permute", ("input",), options=("dims",), required=("dims",)),
+    Operation("transpose", ("input",), options=("dim0", "dim1"), required=("dim0", "dim1")),
+    Operation("flatten", ("input",), options=("start_dim", "end_dim")),
+    Operation("squeeze", ("input",), options=("dim",)),
+    Operation("unsqueeze", ("input",), options=("dim",), required=("dim",)),
+    Operation("index", ("input",), options=("items",), required=("items",), variadic=True),
+    Operation("cat", (), options=("dim",), variadic=True),
+    Operation("stack", (), options=("dim",), variadic=True),
+    Operation("to", ("input",), options=("dtype",), required=("dtype",)),
+    Operation("requires_grad_", ("input",), options=("requires_grad",), in_place=True),
+    Operation("zero_", ("input",), in_place=True),
+    Operation("copy_", _BINARY, in_place=True),
+    *(Operation(name, _BINARY, ("other",), in_place=True) for name in ("add_", "sub_", "mul_", "div_")),
+]
 
 #: Every operation by name.
-OPERATIONS: dict[str, Operation] = _table()
+OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _ALL}

@@ -100,7 +100,7 @@ class Release(msgspec.Struct, array_like=True, tag="release"):
 
 
 class Broken(msgspec.Struct, array_like=True, tag="broken"):
-    """An op that was refused before it came here, in its place in the order: what `handles` would have been, and why."""
+    """An op that was refused before it came here, in its place in the order: why, and the handles it would have made."""
 
     handles: list[int]
     fault: FaultRecord
