@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from pullback_wire import wire_dtype
+from pullback_wire import numpy_dtype, wire_dtype
 from pullback_wire.dtypes import COMPLEX, FLOATING, RESULT_DTYPES, dtype_name, dtype_number
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -134,3 +134,28 @@ def result_dtype(dtype: Any) -> int:
         wanted = ", ".join(dtype_name(known) for known in sorted(RESULT_DTYPES))
         raise ValueError(f"result_dtype is {dtype!r}, expected one of {wanted}")
     return number
+
+
+def refuse_torch_graph(value: Any, field: str) -> None:
+    """Raises TypeError for a torch tensor that requires grad: on the way to a server its graph would end silently."""
+    torch = sys.modules.get("torch")
+    tensor_type = getattr(torch, "Tensor", None)
+    if tensor_type is not None and isinstance(value, tensor_type) and value.requires_grad:
+        raise TypeError(
+            f"{field} is a torch tensor that requires grad, whose graph would end here; pass .detach(), or use "
+            "pullback.torch.RemoteModule"
+        )
+
+
+def tensor_dtype(dtype: Any) -> np.dtype[Any]:
+    """A dtype of a tensor: given by name, as numpy's or as torch's. Raises ValueError for any other."""
+    try:
+        named = isinstance(dtype, str) or str(dtype).startswith("torch.")
+        number = dtype_number(_ALIASES.get(str(dtype), str(dtype))) if named else wire_dtype(np.dtype(dtype))
+    except (ValueError, TypeError):
+        raise ValueError(f"{dtype!r} is no dtype of a tensor") from None
+    return numpy_dtype(number)
+
+
+#: torch's other names.
+_ALIASES = {"float": "float32", "double": "float64", "half": "float16", "long": "int64", "int": "int32"}

@@ -96,10 +96,15 @@ def _function(model: str, version: str, loss: Loss | None, common: Common) -> fu
     function = function_pb2.Function(model=model, version=version)
     if loss is not None:
         function.loss.CopyFrom(loss.message())
-    if common.train:
+    set_mode(function, common.train, common.seed)
+    return function
+
+
+def set_mode(function: function_pb2.Function, train: bool, seed: int | None) -> None:
+    """Train mode, and the seed. Raises ValueError for a seed that is none."""
+    if train:
         function.mode = function_pb2.MODE_TRAIN
-    seed = common.seed
-    if seed is None and common.train:
+    if seed is None and train:
         # Drawn here, before the first attempt, so that another attempt repeats the same random numbers. Not drawn in
         # eval mode, where it would only keep the call from being merged with others.
         seed = secrets.randbits(63)
@@ -108,4 +113,3 @@ def _function(model: str, version: str, loss: Loss | None, common: Common) -> fu
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}, expected 0 to 2**64 - 1")
         function.seed = seed
-    return function

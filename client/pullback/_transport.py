@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import TypeVar
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from google.protobuf.message import Message
 
@@ -35,7 +36,10 @@ class Transport:
     """Makes calls to one address. Safe to use from many threads, in forked children, and to pickle.
 
     timeout: seconds for a call and all its attempts, where the call says nothing; None or infinity: no limit.
+    everyone: all transports of this process that are in use.
     """
+
+    everyone: ClassVar[weakref.WeakSet[Transport]] = weakref.WeakSet()
 
     def __init__(self, address: Address, timeout: float | None, retry: RetryPolicy) -> None:
         check_timeout(timeout)
@@ -43,6 +47,7 @@ class Transport:
         self.timeout = timeout
         self.retry = retry
         self._channel = ForkAwareChannel(address)
+        self.everyone.add(self)
 
     def __getstate__(self) -> tuple[Address, float | None, RetryPolicy]:
         return (self.address, self.timeout, self.retry)
@@ -50,6 +55,7 @@ class Transport:
     def __setstate__(self, state: tuple[Address, float | None, RetryPolicy]) -> None:
         self.address, self.timeout, self.retry = state
         self._channel = ForkAwareChannel(self.address)
+        self.everyone.add(self)
 
     def call(
         self,
@@ -125,6 +131,22 @@ class Transport:
                 if self._channel.closed:
                     raise self._is_closed(what) from None
                 raise
+
+    def stream(self, path: str, requests: Iterator[bytes]) -> Any:
+        """gRPC's call object of a bidirectional stream from bytes to bytes. To be called inside the gate.
+
+        Raises ClientClosed.
+        """
+        if self._channel.closed:
+            raise self._is_closed("session")
+        method = self._channel.channel().stream_stream(path, request_serializer=None, response_deserializer=None)
+        return method(requests, metadata=self.address.metadata)
+
+    def deadline(self, timeout: float | None) -> float:
+        """When an op that begins now and was given `timeout` has run out of time, on the time.monotonic clock."""
+        check_timeout(timeout)
+        limit = self.timeout if timeout is None else timeout
+        return math.inf if limit is None else time.monotonic() + limit
 
     def _is_closed(self, what: str) -> errors.ClientClosed:
         return errors.ClientClosed(f"{what}: the client of {self.address.target} is closed")

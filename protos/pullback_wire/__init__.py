@@ -6,7 +6,7 @@ Nothing here knows torch, jax or grpc.
 from pullback_wire.codec import TensorReader, TensorWriter, element_count
 from pullback_wire.dtypes import DTYPES, dtype_name, numpy_dtype, wire_dtype
 from pullback_wire.framing import PAYLOADS_FIELD, WireError, decode, encode, encode_message
-from pullback_wire.methods import GRADIENT_METHODS, MODEL_METHODS, Method
+from pullback_wire.methods import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Method
 from pullback_wire.reasons import ERROR_DOMAIN, Code, Reason
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "GRADIENT_METHODS",
     "MODEL_METHODS",
     "PAYLOADS_FIELD",
+    "SESSION_SERVICE",
     "Code",
     "Method",
     "Reason",

@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 
 from pullback_wire.v1 import gradient_service_pb2 as gradient
 from pullback_wire.v1 import model_service_pb2 as model
+from pullback_wire.v1 import session_service_pb2 as session
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,5 @@ def _unary_methods(file: object, service: str) -> dict[str, Method]:
 GRADIENT_METHODS: dict[str, Method] = _unary_methods(gradient, "GradientService")
 #: ModelService's unary methods by name.
 MODEL_METHODS: dict[str, Method] = _unary_methods(model, "ModelService")
+#: SessionService's full name; its one method is a stream, "Session".
+SESSION_SERVICE: str = session.DESCRIPTOR.services_by_name["SessionService"].full_name

@@ -68,6 +68,9 @@ class App:
                 bytes_in_flight=lambda: scheduler.bytes,
                 restarts=lambda: self._fleet.restarts,
                 workers=lambda: Counter(worker.state.value for worker in self._fleet.workers),
+                sessions=lambda: sum(len(worker.seats) for worker in self._fleet.workers),
+                handles=lambda: sum(seat.live for worker in self._fleet.workers for seat in list(worker.seats)),
+                retained=lambda: sum(seat.retained for worker in self._fleet.workers for seat in list(worker.seats)),
             )
             options = FrontOptions(
                 host=config.host,
@@ -75,6 +78,9 @@ class App:
                 max_message_bytes=config.max_message_bytes,
                 max_cotangents=config.max_cotangents,
                 max_call_seconds=config.max_call_seconds,
+                session_bytes=config.session_bytes,
+                session_idle_seconds=config.session_idle_seconds,
+                session_heartbeat_seconds=config.session_heartbeat_seconds,
             )
             self._front = Front(options, self._fleet, scheduler, self._metrics)
             await self._front.start()

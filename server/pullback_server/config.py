@@ -43,6 +43,16 @@ class Config(BaseSettings):
     max_bytes: int = Field(4 << 30, ge=1, description="tensor bytes in flight; more are refused with OVERLOADED")
     max_cotangents: int = Field(4096, ge=1, description="cotangents in one batched call")
     max_call_seconds: float = Field(600.0, gt=0, description="longest a call may take, whatever deadline it brings")
+    session_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="bytes that the tensors and graphs of one session may hold [default: a quarter of the worker's "
+        "share of its device's memory]",
+    )
+    session_idle_seconds: float = Field(600.0, gt=0, description="a session without an op for this long is ended")
+    session_heartbeat_seconds: float = Field(
+        60.0, ge=1, description="a session whose client sends nothing for this long, no heartbeat either, is ended"
+    )
     load_timeout: float = Field(600.0, gt=0, description="seconds in which a worker must have loaded its models")
     grace: float = Field(20.0, ge=0, description="seconds that running calls get to end after SIGTERM")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")

@@ -40,7 +40,7 @@ class LossCall(msgspec.Struct, array_like=True, frozen=True):
     bindings: dict[str, str]
 
 
-class Job(msgspec.Struct, array_like=True):
+class Job(msgspec.Struct, array_like=True, tag="job"):
     """One stateless call. Fields as in the contract's requests (protos/pullback_wire/v1/gradient_service.proto)."""
 
     kind: Kind
@@ -89,7 +89,7 @@ class BlockRef(msgspec.Struct, array_like=True, frozen=True):
     value: TensorRef | None
 
 
-class Outcome(msgspec.Struct, array_like=True):
+class Outcome(msgspec.Struct, array_like=True, tag="outcome"):
     """What a job came to. Fields that its kind does not have stay empty."""
 
     outputs: list[TensorRef] = []

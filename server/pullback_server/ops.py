@@ -100,7 +100,7 @@ class Release(msgspec.Struct, array_like=True, tag="release"):
 
 
 class Broken(msgspec.Struct, array_like=True, tag="broken"):
-    """An op that was refused before it came here, in its place in the order: why, and the handles it would have made."""
+    """An op that was refused on its way, in its place in the order: why, and the handles it would have made."""
 
     handles: list[int]
     fault: FaultRecord
@@ -136,7 +136,7 @@ class HandleRecord(msgspec.Struct, array_like=True, frozen=True):
     value: TensorRef | None = None
 
 
-class SessionOutcome(msgspec.Struct, array_like=True):
+class SessionOutcome(msgspec.Struct, array_like=True, tag="session"):
     """What an op came to, and what the session holds after it: live handles and retained bytes."""
 
     handles: list[HandleRecord]

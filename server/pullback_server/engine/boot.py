@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import os
 import pickle
 import resource
 import signal
@@ -50,6 +52,17 @@ def choose_device(setup: Setup) -> torch.device:
         except Exception as error:
             raise LoadError(f"device {device} cannot be used: {told(error)}") from error
     return device
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a device has in all; on the CPU what the machine has, or what this process's control group may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            most = min(most, int(Path(limit).read_text()))
+    return most
 
 
 def load_models(engine: Engine, setup: Setup) -> list[Signature]:

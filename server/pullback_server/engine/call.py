@@ -114,19 +114,7 @@ class Call:
             return {}
         taken = self._take("parameters", job.parameters)
         for name, tensor in taken.items():
-            where = f"parameters[{name}]"
-            if name in hosted.aliases:
-                first = hosted.aliases[name]
-                raise Fault(Reason.BAD_NAME, f"{where} is the same parameter as {first!r}: use that name", where)
-            if name not in hosted.parameters:
-                raise unknown_name("parameter", name, hosted.parameters, where, hosted.owner)
-            own = hosted.parameters[name]
-            if tensor.shape != own.shape or tensor.dtype != own.dtype:
-                raise Fault(
-                    Reason.BAD_TENSOR,
-                    f"{where} is {describe(tensor)}, expected {describe(own)}",
-                    f"{where}.shape" if tensor.shape != own.shape else f"{where}.dtype",
-                )
+            check_parameter(hosted, name, tensor)
         return taken
 
     def _check_ranges(self) -> None:
@@ -309,6 +297,23 @@ def out_of_memory(error: BaseException) -> bool:
 def model_error(owner: str, error: BaseException) -> Fault:
     """The fault for an exception out of the model's code, forward or backward."""
     return Fault(Reason.MODEL_ERROR, f"{owner} raised {type(error).__name__}: {text_of(error)}")
+
+
+def check_parameter(hosted: HostedModel, name: str, tensor: torch.Tensor) -> None:
+    """Whether a tensor can stand in for a hosted parameter. Raises Fault."""
+    where = f"parameters[{name}]"
+    if name in hosted.aliases:
+        first = hosted.aliases[name]
+        raise Fault(Reason.BAD_NAME, f"{where} is the same parameter as {first!r}: use that name", where)
+    if name not in hosted.parameters:
+        raise unknown_name("parameter", name, hosted.parameters, where, hosted.owner)
+    own = hosted.parameters[name]
+    if tensor.shape != own.shape or tensor.dtype != own.dtype:
+        raise Fault(
+            Reason.BAD_TENSOR,
+            f"{where} is {describe(tensor)}, expected {describe(own)}",
+            f"{where}.shape" if tensor.shape != own.shape else f"{where}.dtype",
+        )
 
 
 def refs_by_name(what: str, refs: Sequence[TensorRef]) -> dict[str, TensorRef]:

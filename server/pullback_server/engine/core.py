@@ -128,20 +128,25 @@ class Engine:
             parameter_count=sum(parameter.numel() for parameter in hosted.parameters.values()),
         )
 
-    def _find(self, job: Job) -> HostedModel:
-        versions = self._models.get(job.model)
+    def find(self, model: str, version: str) -> HostedModel:
+        """A model by name and version; no version: the latest. One that a call has spoilt is built anew first.
+
+        Raises Fault.
+        """
+        versions = self._models.get(model)
         if versions is None:
-            raise unknown_name(
-                "model", job.model, self._models, "function.model", "this server", Reason.MODEL_NOT_FOUND
-            )
-        version = job.version or max(versions, key=int)
+            raise unknown_name("model", model, self._models, "function.model", "this server", Reason.MODEL_NOT_FOUND)
+        version = version or max(versions, key=int)
         if version not in versions:
             raise Fault(
                 Reason.VERSION_NOT_FOUND,
-                f"model {job.model!r} has no version {version!r}, it has {listed(versions)}",
+                f"model {model!r} has no version {version!r}, it has {listed(versions)}",
                 "function.version",
             )
-        return versions[version]
+        hosted = versions[version]
+        if hosted.spoilt:
+            hosted = versions[version] = _rebuilt(hosted)
+        return hosted
 
     def run(self, job: Job, tensors: Sequence[torch.Tensor]) -> EngineResult:
         """Computes one job.
@@ -151,11 +156,9 @@ class Engine:
 
         Raises Fault; WritesInputs when the job must be sent anew with the original bytes and copy_inputs.
         """
-        hosted = self._find(job)
         short_of_memory = False
         for _ in range(_ATTEMPTS):
-            if hosted.spoilt:
-                hosted = self._models[job.model][hosted.registration.version] = _rebuilt(hosted)
+            hosted = self.find(job.model, job.version)
             try:
                 found = compute(job, hosted, tensors)
             except Again:
@@ -175,4 +178,4 @@ class Engine:
                 return found
             # Outside the handler, whose exception would hold on to what is to be freed.
             torch.cuda.empty_cache()
-        raise Fault(Reason.INTERNAL, f"{hosted.owner}: no attempt of {_ATTEMPTS} came to an end")
+        raise Fault(Reason.INTERNAL, f"model {job.model!r}: no attempt of {_ATTEMPTS} came to an end")

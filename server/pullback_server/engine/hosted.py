@@ -67,6 +67,10 @@ class HostedModel:
         self._snapshot: dict[str, torch.Tensor] | None = None
         #: Learned: its own code differentiates by its parameters.
         self.needs_natural = False
+        #: Modes (train or not) in which a call was seen to leave its inputs as they were.
+        self.spared_inputs: set[bool] = set()
+        #: Learned: its graphs hold on to modules, to run them again in the backward.
+        self.recomputes = False
         #: Whether it consists of torch's own modules alone.
         self.stock = False
         #: Whether code compiled by torch.compile is inside.
@@ -130,6 +134,14 @@ class HostedModel:
         self.parameters[name] = parameter
         self.natural[name] = parameter.requires_grad
         self._places[name] = []
+
+    def storages(self) -> list[torch.UntypedStorage]:
+        """The memory of its parameters and buffers."""
+        return [tensor.untyped_storage() for _, _, tensor, _ in self._expected]
+
+    def buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The buffers that its modules hold, each with a copy of what it was at first."""
+        return [(buffer, pristine) for (_, _, buffer), pristine in zip(self._buffers, self._pristine, strict=True)]
 
     # What a call changes for its own time.
 
@@ -253,6 +265,7 @@ class HostedModel:
             "writes_buffers",
             "writes_parameters",
             "needs_natural",
+            "recomputes",
             "forward_mode",
             "no_jvp",
             "proven",

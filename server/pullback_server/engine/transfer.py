@@ -13,8 +13,8 @@ import gc
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,22 @@ def references(job: Job) -> Iterator[TensorRef]:
     yield from job.targets
     yield from job.cotangents
     yield from job.tangents
+
+
+class Piece(NamedTuple):
+    """Where one payload lies."""
+
+    memory: memoryview | bytearray
+    offset: int
+    length: int
+
+
+def pieces(memory: memoryview | bytearray, lengths: Sequence[int]) -> list[Piece]:
+    """Payloads that lie as `layout.place` says. Raises Fault where there is less memory than that."""
+    offsets, end = place(lengths)
+    if end > len(memory):
+        raise Fault(Reason.INTERNAL, f"payloads of {end} bytes came in {len(memory)} bytes of memory")
+    return [Piece(memory, offset, length) for offset, length in zip(offsets, lengths, strict=True)]
 
 
 class Pins:
@@ -93,33 +109,25 @@ class Watch:
 
 
 def tensors_of(
-    job: Job,
-    lengths: Sequence[int],
-    memory: memoryview | bytearray,
-    watch: Watch | None,
-    device: torch.device,
+    refs: Iterable[TensorRef], places: Sequence[Piece], watch: Watch | None, device: torch.device
 ) -> list[torch.Tensor]:
-    """The job's tensors, by payload index, on `device`.
+    """The tensors by payload index, on `device`.
 
-    memory: where the payloads lie as `layout.place` says. On the CPU the tensors are views of it.
+    places: of the payloads. On the CPU the tensors are views of that memory.
     watch: is told of every view; None when the memory is never used again anyway.
 
     Raises Fault when a tensor contradicts the bytes it should have. Copies to a CUDA device may still be under way.
     """
-    offsets, end = place(lengths)
-    if end > len(memory):
-        raise Fault(Reason.INTERNAL, f"payloads of {end} bytes came in {len(memory)} bytes of memory")
-    found: list[torch.Tensor | None] = [None] * len(lengths)
-    for ref in references(job):
-        if not 0 <= ref.payload < len(lengths) or found[ref.payload] is not None:
+    found: list[torch.Tensor | None] = [None] * len(places)
+    for ref in refs:
+        if not 0 <= ref.payload < len(places) or found[ref.payload] is not None:
             raise Fault(Reason.INTERNAL, f"tensor {ref.name!r} has no payload of its own (index {ref.payload})")
-        found[ref.payload] = _tensor(ref, lengths[ref.payload], offsets[ref.payload], memory, watch, device)
+        found[ref.payload] = _tensor(ref, places[ref.payload], watch, device)
     return [torch.empty(0) if tensor is None else tensor for tensor in found]
 
 
-def _tensor(
-    ref: TensorRef, length: int, offset: int, memory: memoryview | bytearray, watch: Watch | None, device: torch.device
-) -> torch.Tensor:
+def _tensor(ref: TensorRef, place: Piece, watch: Watch | None, device: torch.device) -> torch.Tensor:
+    memory, offset, length = place
     dtype = _TORCH.get(ref.dtype)
     if dtype is None:
         raise Fault(Reason.BAD_TENSOR, f"tensor {ref.name!r} is {dtype_name(ref.dtype)}, which torch does not have")

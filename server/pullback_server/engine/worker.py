@@ -22,8 +22,10 @@ from typing import NamedTuple
 import torch
 
 from pullback_server.engine import Engine, EngineResult, WritesInputs
-from pullback_server.engine.boot import choose_device, load_models, settle, told
-from pullback_server.engine.transfer import Pins, Watch, byte_counts, packed, store, tensors_of
+from pullback_server.engine.boot import choose_device, device_memory, load_models, settle, told
+from pullback_server.engine.sessions import Sessions, op_references
+from pullback_server.engine.tape import TapeResult
+from pullback_server.engine.transfer import Pins, Watch, byte_counts, packed, pieces, references, store, tensors_of
 from pullback_server.faults import Fault
 from pullback_server.hosting.loading import LoadError
 from pullback_server.ipc import messages
@@ -31,6 +33,7 @@ from pullback_server.ipc.frames import DO_NOT_WAIT, Frame, FrameReader, send_fra
 from pullback_server.ipc.layout import INLINE_LIMIT, Buffer, place
 from pullback_server.ipc.segments import Arena, Mappings, Segment
 from pullback_server.job import FaultRecord
+from pullback_server.ops import SessionJob
 from pullback_wire import Reason
 
 #: Characters of a traceback that travel to the log: its end says most.
@@ -57,6 +60,7 @@ class Worker:
         self._socket = sock
         self._reader = reader
         self._engine = engine
+        self._sessions = Sessions(engine)
         self._device = torch.device(setup.device)
         self._pins = Pins(self._device)
         self._inbound = Mappings(writable=True)
@@ -95,13 +99,35 @@ class Worker:
             case messages.Cancel(id):
                 for staged in self._staged:
                     if staged.run.id == id:
-                        self._staged.remove(staged)
-                        self._send(messages.Skipped(id))
+                        self._pass_over(staged)
                         break
             case messages.Note() as note:
                 self._heed(note)
+            case messages.Uploaded(slots):
+                for slot in reversed(slots):
+                    # The segment may have served jobs before.
+                    self._pins.remove(self._inbound.drop(slot.segment))
+                    self._pins.add(self._inbound.add(slot.segment, slot.size, frame.fds.pop()))
+            case messages.EndSession(session):
+                self._end(session)
             case messages.Setup():
                 raise RuntimeError("a worker is set up once")
+
+    def _pass_over(self, staged: _Staged) -> None:
+        self._staged.remove(staged)
+        self._drop_uploads(staged.run)
+        self._send(messages.Skipped(staged.run.id))
+
+    def _end(self, session: int) -> None:
+        for staged in list(self._staged):
+            if isinstance(staged.run.job, SessionJob) and staged.run.job.session == session:
+                self._pass_over(staged)
+        self._sessions.end(session)
+
+    def _drop_uploads(self, run: messages.Run) -> None:
+        """The front gives them up as well, so their memory lasts as long as tensors on it."""
+        for number, _ in run.uploads:
+            self._pins.remove(self._inbound.drop(number))
 
     def _heed(self, note: messages.Note) -> None:
         for number in note.released:
@@ -121,10 +147,13 @@ class Worker:
     def _answer(self, staged: _Staged) -> None:
         run = staged.run
         if time.monotonic() >= run.deadline:
+            self._drop_uploads(run)
             self._send(messages.Skipped(run.id))
             return
-        watch = Watch() if run.slot is not None else None
+        # What a session keeps is copied out, so that there is nothing to watch.
+        watch = Watch() if run.slot is not None and not isinstance(run.job, SessionJob) else None
         answer = self._compute(staged, watch)
+        self._drop_uploads(run)
         # By now nothing here looks at the inputs any more; whoever still does is the model.
         if run.slot is not None and watch is not None and watch.alive():
             answer.message.kept = True
@@ -146,9 +175,13 @@ class Worker:
         run = staged.run
         try:
             begin = time.perf_counter()
-            tensors = tensors_of(run.job, run.lengths, staged.memory, watch, self._device)
+            tensors = self._tensors(staged, watch)
             ready = time.perf_counter()
-            result = self._engine.run(run.job, tensors)
+            result: EngineResult | TapeResult
+            if isinstance(run.job, SessionJob):
+                result = self._sessions.run(run.job, tensors)
+            else:
+                result = self._engine.run(run.job, tensors)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
             computed = time.perf_counter()
@@ -171,7 +204,20 @@ class Worker:
             record = _record(Reason.INTERNAL, "the worker failed", error)
         return _Answer(messages.Failed(run.id, False, record))
 
-    def _store(self, number: int, result: EngineResult, compute: float) -> _Answer:
+    def _tensors(self, staged: _Staged, watch: Watch | None) -> list[torch.Tensor]:
+        run = staged.run
+        places = pieces(staged.memory, run.lengths)
+        places += [pieces(self._inbound.view(number), [size])[0] for number, size in run.uploads]
+        if not isinstance(run.job, SessionJob):
+            return tensors_of(references(run.job), places, watch, self._device)
+        tensors = tensors_of(op_references(run.job), places, None, self._device)
+        if run.slot is not None and self._device.type == "cpu":
+            # The slot is used again; an upload's segment is not, and the tail of a message is nobody else's.
+            packed_ones = len(run.lengths)
+            tensors[:packed_ones] = [tensor.clone() for tensor in tensors[:packed_ones]]
+        return tensors
+
+    def _store(self, number: int, result: EngineResult | TapeResult, compute: float) -> _Answer:
         lengths = byte_counts(result.tensors)
         _, size = place(lengths)
         done = messages.Done(number, False, result.outcome, compute, lengths, None)
@@ -243,7 +289,7 @@ def _work(sock: socket.socket) -> None:
     logging.basicConfig(format=f"%(asctime)s %(levelname)s {setup.name} %(name)s: %(message)s")
     try:
         engine = Engine(choose_device(setup))
-        loaded: messages.ToFront = messages.Loaded(load_models(engine, setup))
+        loaded: messages.ToFront = messages.Loaded(load_models(engine, setup), device_memory(engine.device))
     except LoadError as error:
         loaded = messages.LoadFailed(_clean(str(error)), _trace(error))
     # A fault of ours: the operator must hear of that as well.

@@ -13,11 +13,13 @@ from pullback_server.fleet.channel import Channel
 from pullback_server.fleet.copying import Copier
 from pullback_server.fleet.reply import Lease, LocalReply
 from pullback_server.fleet.seam import Buffer, WorkerLost
+from pullback_server.fleet.upload import Upload
 from pullback_server.ipc import messages
-from pullback_server.ipc.frames import Frame
+from pullback_server.ipc.frames import MAX_FDS, Frame
 from pullback_server.ipc.layout import INLINE_LIMIT, place, spaced
 from pullback_server.ipc.segments import Arena, Mappings, Segment
 from pullback_server.job import Job
+from pullback_server.ops import SessionJob
 from pullback_wire import Reason
 
 _log = logging.getLogger(__name__)
@@ -26,14 +28,16 @@ _log = logging.getLogger(__name__)
 _NOTE_DELAY = 0.05
 
 
-class _Call:
-    """A job on its way. `transfer`: seconds that writing its bytes took."""
+class Posted:
+    """A job on its way. `transfer`: seconds that writing its bytes took. `uploads`: segments that are its own."""
 
-    __slots__ = ("answer", "segment", "transfer")
+    __slots__ = ("answer", "number", "segment", "transfer", "uploads")
 
-    def __init__(self, segment: Segment | None, transfer: float) -> None:
+    def __init__(self, segment: Segment | None, transfer: float, uploads: Sequence[Segment] = ()) -> None:
         self.segment = segment
         self.transfer = transfer
+        self.uploads = uploads
+        self.number = 0
         self.answer: asyncio.Future[LocalReply | messages.Again | Fault | WorkerLost]
         self.answer = asyncio.get_running_loop().create_future()
 
@@ -57,7 +61,7 @@ class Jobs:
         self._count = 0
         self._writing = 0
         #: In the order they were sent, which is the order in which the worker takes them.
-        self._sent: dict[int, _Call] = {}
+        self._sent: dict[int, Posted] = {}
         self._note = messages.Note()
         self._note_timer: asyncio.TimerHandle | None = None
         self._over = False
@@ -70,19 +74,38 @@ class Jobs:
 
     async def run(self, job: Job, views: Sequence[memoryview], deadline: float) -> LocalReply | messages.Again:
         """Computes one job once; `Again`: the model wrote into the job's inputs. Otherwise as `seam.Worker.run`."""
-        if time.monotonic() >= deadline:
-            raise _expired()
-        began = time.perf_counter()
-        lengths = [len(view) for view in views]
-        _, size = place(lengths)
-        segment = None if size <= INLINE_LIMIT else await self._write(views, size)
-        call = _Call(segment, time.perf_counter() - began)
-        number = self._send(call, job, views, lengths, deadline)
+        return await self.answer(await self.post(job, views, deadline))
+
+    async def post(
+        self, job: Job | SessionJob, views: Sequence[memoryview], deadline: float, uploads: Sequence[Upload] = ()
+    ) -> Posted:
+        """Sends one job; whoever posts one after the other has them computed in that order.
+
+        uploads: payloads whose indices follow those of `views`. They are the job's from now on, whatever happens.
+        """
+        segments = [upload.take() for upload in uploads]
+        try:
+            if time.monotonic() >= deadline:
+                raise _expired()
+            began = time.perf_counter()
+            lengths = [len(view) for view in views]
+            _, size = place(lengths)
+            segment = None if size <= INLINE_LIMIT else await self._write(views, size)
+        except BaseException:
+            self._discard(segments)
+            raise
+        call = Posted(segment, time.perf_counter() - began, segments)
+        self._announce(segments)
+        self._send(call, job, views, lengths, deadline, [upload.size for upload in uploads])
+        return call
+
+    async def answer(self, call: Posted) -> LocalReply | messages.Again:
+        """Waits for a posted job. Cancelling this abandons the job."""
         try:
             answer = await call.answer
         except asyncio.CancelledError:
             if call.answer.cancelled():
-                self._channel.send(messages.encode(messages.Cancel(number)))
+                self._channel.send(messages.encode(messages.Cancel(call.number)))
             # The answer came in the very turn in which the task was cancelled.
             elif isinstance(answer := call.answer.result(), LocalReply):
                 answer.leave()
@@ -91,9 +114,50 @@ class Jobs:
             raise answer
         return answer
 
-    def _send(self, call: _Call, job: Job, views: Sequence[memoryview], lengths: list[int], deadline: float) -> int:
+    def abandon(self, call: Posted) -> None:
+        """Gives a posted job up that nobody waits for."""
+        if not call.answer.done():
+            call.answer.cancel()
+            self._channel.send(messages.encode(messages.Cancel(call.number)))
+        elif not call.answer.cancelled() and isinstance(answer := call.answer.result(), LocalReply):
+            answer.leave()
+
+    def upload(self, size: int) -> Upload:
+        """Memory of this worker's for `size` bytes that come bit by bit. Raises Fault where there is none."""
+        if self._over:
+            raise self._lost(suspect=False)
+        try:
+            return Upload(self._arena.take(size), size, lambda segment: self._discard([segment]))
+        except OSError as error:
+            raise _no_memory(size, error) from error
+
+    def end_session(self, session: int) -> None:
+        """Has the worker free everything that a session holds there."""
+        self._channel.send(messages.encode(messages.EndSession(session)))
+
+    def _announce(self, segments: Sequence[Segment]) -> None:
+        """Sends descriptors ahead of the job that refers to them; a lost connection shows when the job is sent."""
+        for first in range(0, len(segments), MAX_FDS):
+            some = segments[first : first + MAX_FDS]
+            slots = [messages.Slot(segment.id, segment.size) for segment in some]
+            self._channel.send(messages.encode(messages.Uploaded(slots)), (), [segment.fd for segment in some])
+
+    def _discard(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            self._arena.discard(segment)
+
+    def _send(
+        self,
+        call: Posted,
+        job: Job | SessionJob,
+        views: Sequence[memoryview],
+        lengths: list[int],
+        deadline: float,
+        sizes: Sequence[int],
+    ) -> None:
         self._count += 1
         number, segment = self._count, call.segment
+        uploads = [(segment.id, size) for segment, size in zip(call.uploads, sizes, strict=True)]
         try:
             slot = None
             tail: Sequence[Buffer] = ()
@@ -106,14 +170,15 @@ class Jobs:
                 slot = messages.Slot(segment.id, segment.size)
                 fds = (segment.fd,)
                 segment.announced = True
-            message = messages.encode(messages.Run(number, job, deadline, lengths, slot, self._take_note()))
+            message = messages.encode(messages.Run(number, job, deadline, lengths, slot, self._take_note(), uploads))
             if not self._channel.send(message, tail, fds):
                 raise self._lost(suspect=False)
         except BaseException:
             self._give_back(segment)
+            self._discard(call.uploads)
             raise
+        call.number = number
         self._sent[number] = call
-        return number
 
     async def _write(self, views: Sequence[memoryview], size: int) -> Segment:
         """A segment with the payloads in it. Raises Fault where there is no memory, and WorkerLost."""
@@ -175,7 +240,7 @@ class Jobs:
             self._resolve(number, False, self._lost(suspect))
             suspect = False
 
-    def _reply(self, done: messages.Done, call: _Call, frame: Frame) -> LocalReply:
+    def _reply(self, done: messages.Done, call: Posted, frame: Frame) -> LocalReply:
         memory: memoryview | Lease = memoryview(frame.tail)
         if done.slot is not None:
             number = done.slot.segment
@@ -192,6 +257,7 @@ class Jobs:
 
     def _resolve(self, number: int, kept: bool, answer: LocalReply | messages.Again | Fault | WorkerLost) -> None:
         call = self._sent.pop(number)
+        self._discard(call.uploads)
         if kept and call.segment is not None:
             self._arena.discard(call.segment)
         else:

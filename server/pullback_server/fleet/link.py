@@ -10,13 +10,15 @@ from typing import Any
 
 from pullback_server.fleet.channel import Channel
 from pullback_server.fleet.copying import Copier
-from pullback_server.fleet.jobs import Jobs
+from pullback_server.fleet.jobs import Jobs, Posted
 from pullback_server.fleet.process import Process, Spawner
 from pullback_server.fleet.reply import LocalReply
 from pullback_server.fleet.seam import StartError, WorkerLost
+from pullback_server.fleet.upload import Upload
 from pullback_server.ipc import messages
 from pullback_server.ipc.frames import Frame
 from pullback_server.job import Job, Signature
+from pullback_server.ops import SessionJob
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +47,12 @@ class Link:
         self._spawning: asyncio.Task[None] | None = None
         self._process: Process | None = None
         self._loaded: asyncio.Future[messages.Loaded | messages.LoadFailed | None] = loop.create_future()
+        #: Done when the worker takes no more jobs, and what it held is lost.
+        self.lost: asyncio.Future[None] = loop.create_future()
         #: Done when the process has been reaped and everything is given back; says how it ended.
         self.ended: asyncio.Future[str] = loop.create_future()
+        #: Bytes that the worker's device has in all.
+        self.memory = 0
         self._closing = False
         self._over = False
         self._blameless = False
@@ -88,6 +94,7 @@ class Link:
             await self._kill()
             raise
         if isinstance(loaded, messages.Loaded):
+            self.memory = loaded.memory
             return loaded.signatures
         await self._kill()
         if loaded is None:
@@ -104,9 +111,36 @@ class Link:
         self, job: Job, views: Sequence[memoryview], deadline: float
     ) -> Coroutine[Any, Any, LocalReply | messages.Again]:
         """See `Jobs.run`. Raises WorkerLost at once when the worker is not there."""
+        self._check_alive()
+        return self._jobs.run(job, views, deadline)
+
+    def post(
+        self, job: Job | SessionJob, views: Sequence[memoryview], deadline: float, uploads: Sequence[Upload]
+    ) -> Coroutine[Any, Any, Posted]:
+        """See `Jobs.post`. Raises WorkerLost at once when the worker is not there."""
+        self._check_alive()
+        return self._jobs.post(job, views, deadline, uploads)
+
+    def answer(self, posted: Posted) -> Coroutine[Any, Any, LocalReply | messages.Again]:
+        """See `Jobs.answer`."""
+        return self._jobs.answer(posted)
+
+    def abandon(self, posted: Posted) -> None:
+        """See `Jobs.abandon`."""
+        self._jobs.abandon(posted)
+
+    def upload(self, size: int) -> Upload:
+        """See `Jobs.upload`. Raises WorkerLost when the worker is not there."""
+        self._check_alive()
+        return self._jobs.upload(size)
+
+    def end_session(self, session: int) -> None:
+        """See `Jobs.end_session`."""
+        self._jobs.end_session(session)
+
+    def _check_alive(self) -> None:
         if not self.alive:
             raise WorkerLost(f"worker {self._name} is not there", suspect=False)
-        return self._jobs.run(job, views, deadline)
 
     async def close(self, grace: float) -> None:
         """Lets the worker finish what it has, for `grace` seconds, and ends it. Returns when nothing is left of it."""
@@ -135,6 +169,8 @@ class Link:
         if self._process is not None:
             self._process.kill()
         self._on_lost()
+        if not self.lost.done():
+            self.lost.set_result(None)
         self._jobs.end(suspect=not self._blameless)
 
     def _exited(self) -> None:

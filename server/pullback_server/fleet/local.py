@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -75,7 +76,11 @@ class LocalFleet:
         if not self._sources and not self._registrations:
             raise StartError("there is no model to serve")
         names = await self._prepare()
-        self._workers = [LocalWorker(name, self._setups[name].device, self._launch, self._changed) for name in names]
+        sharing = Counter(setup.device for setup in self._setups.values())
+        self._workers = [
+            LocalWorker(name, setup.device, sharing[setup.device], self._launch, self._changed)
+            for name, setup in ((name, self._setups[name]) for name in names)
+        ]
         starts = [asyncio.create_task(worker.start()) for worker in self._workers]
         try:
             done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
 from pullback_server.job import Job, Outcome, Signature
+from pullback_server.ops import SessionJob, SessionOutcome
 
 Buffer = bytes | bytearray | memoryview
 
@@ -41,7 +43,7 @@ class WorkerLost(Exception):
 class Reply(Protocol):
     """A computed job. The payloads may be views of shared memory: leave the context when they have been copied."""
 
-    outcome: Outcome
+    outcome: Outcome | SessionOutcome
     payloads: Sequence[Buffer]
     #: Seconds by stage, measured by the fleet: "transfer" (bytes to and from the worker), "compute".
     timings: Mapping[str, float]
@@ -50,6 +52,64 @@ class Reply(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Upload(Protocol):
+    """A large tensor that comes bit by bit, straight into memory that its worker will read."""
+
+    size: int
+    received: int
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes; not to be looked at once a job has the upload."""
+
+    def write(self, data: memoryview) -> None:
+        """Appends bytes. Raises OSError where there is no memory for them."""
+
+    def drop(self) -> None:
+        """Gives the memory back, if no job has the upload."""
+
+
+class Pending(Protocol):
+    """An op that was sent."""
+
+    async def reply(self) -> Reply:
+        """Raises Fault, WorkerLost. Cancelling this abandons the op."""
+
+
+class Seat(Protocol):
+    """A session's place on one worker process: what it holds there, and the way to it.
+
+    session: its number there. lost: done when the process is gone, and everything with it.
+    live, retained: handles and bytes that the session held after its latest answered op.
+    """
+
+    session: int
+    live: int
+    retained: int
+
+    @property
+    def lost(self) -> asyncio.Future[None]: ...
+
+    def upload(self, size: int) -> Upload:
+        """Raises Fault where there is no memory, WorkerLost."""
+
+    async def post(
+        self, job: Job | SessionJob, payloads: Sequence[Buffer], deadline: float, uploads: Sequence[Upload] = ()
+    ) -> Pending:
+        """Sends an op. Those posted one after the other, each when the one before was sent, run in that order.
+
+        uploads: payloads whose indices follow those of `payloads`; they are the op's from now on.
+
+        Raises Fault, WorkerLost.
+        """
+
+    def close(self) -> None:
+        """Frees everything the session holds on the worker, and abandons its ops."""
 
 
 class Worker(Protocol):
@@ -80,6 +140,17 @@ class Worker(Protocol):
 
         Raises Fault (the job failed), WorkerLost.
         """
+
+    @property
+    def memory(self) -> int:
+        """Its share of the bytes that its device has in all."""
+
+    @property
+    def seats(self) -> Collection[Seat]:
+        """Those that are taken."""
+
+    def open(self) -> Seat:
+        """A place for a session on the present process. Raises WorkerLost."""
 
 
 class Fleet(Protocol):

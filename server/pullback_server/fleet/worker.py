@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import msgspec
 
@@ -14,6 +14,7 @@ from pullback_server.fleet.jobs import as_views
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.reply import LocalReply
 from pullback_server.fleet.seam import Buffer, WorkerLost, WorkerState
+from pullback_server.fleet.seat import LocalSeat
 from pullback_server.ipc import messages
 from pullback_server.job import Job
 from pullback_wire import Reason
@@ -33,13 +34,15 @@ Launch = Callable[["LocalWorker"], Awaitable[Link]]
 class LocalWorker:
     """See `seam.Worker`.
 
+    sharers: workers on the same device.
     launch: starts a process that holds all models, or raises StartError.
     on_change: called on every change of state, and when a job has left the worker.
     """
 
-    def __init__(self, name: str, device: str, launch: Launch, on_change: Callable[[], None]) -> None:
+    def __init__(self, name: str, device: str, sharers: int, launch: Launch, on_change: Callable[[], None]) -> None:
         self.name = name
         self.device = device
+        self._sharers = sharers
         self.restarts = 0
         self._launch = launch
         self._on_change = on_change
@@ -48,6 +51,8 @@ class LocalWorker:
         self._supervisor: asyncio.Task[None] | None = None
         #: Models that were seen to write into their inputs: their jobs are sent with `copy_inputs` at once.
         self._writers: set[tuple[str, str, bool]] = set()
+        self._seats: set[LocalSeat] = set()
+        self._sessions = 0
 
     @property
     def state(self) -> WorkerState:
@@ -83,6 +88,23 @@ class LocalWorker:
         if isinstance(reply, messages.Again):
             raise Fault(Reason.INTERNAL, f"model {job.model!r} writes into its inputs although they were copied")
         return reply
+
+    @property
+    def memory(self) -> int:
+        return 0 if self._link is None else self._link.memory // self._sharers
+
+    @property
+    def seats(self) -> Collection[LocalSeat]:
+        return self._seats
+
+    def open(self) -> LocalSeat:
+        link = self._link
+        if link is None or self._state is not WorkerState.READY:
+            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        self._sessions += 1
+        seat = LocalSeat(link, self._sessions, self._seats.discard)
+        self._seats.add(seat)
+        return seat
 
     async def close(self, grace: float) -> None:
         """Ends the process, and replaces none any more. Returns when nothing is left."""

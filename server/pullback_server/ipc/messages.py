@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from pullback_server.job import FaultRecord, Job, Outcome, Signature
+from pullback_server.ops import SessionJob, SessionOutcome
 
 
 class Slot(msgspec.Struct, array_like=True, frozen=True):
@@ -48,14 +49,29 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     """Compute a job unless `deadline` (time.monotonic, one clock for all processes) has passed.
 
     note: to be heeded first; it rides along, since a message of its own would wake the worker twice.
+    uploads: segments (see `Uploaded`) with one payload each, whose indices follow those of `lengths`, and their bytes.
+        The front gives them up when the job is answered: their memory goes when the worker's last view of it does.
     """
 
     id: int
-    job: Job
+    job: Job | SessionJob
     deadline: float
     lengths: list[int]
     slot: Slot | None
     note: Note | None = None
+    uploads: list[tuple[int, int]] = []
+
+
+class Uploaded(msgspec.Struct, array_like=True, tag="uploaded"):
+    """Segments, each with its descriptor, that a later `Run` refers to."""
+
+    slots: list[Slot]
+
+
+class EndSession(msgspec.Struct, array_like=True, tag="end_session"):
+    """Free everything that a session holds; its ops that have not begun are not begun."""
+
+    session: int
 
 
 class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
@@ -65,9 +81,10 @@ class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
-    """All models are loaded."""
+    """All models are loaded. memory: bytes that the device has in all."""
 
     signatures: list[Signature]
+    memory: int = 0
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
@@ -82,7 +99,7 @@ class Done(msgspec.Struct, array_like=True, tag="done"):
 
     id: int
     kept: bool
-    outcome: Outcome
+    outcome: Outcome | SessionOutcome
     compute: float
     lengths: list[int]
     slot: Slot | None
@@ -115,7 +132,7 @@ class Leaving(msgspec.Struct, array_like=True, tag="leaving"):
     message: str
 
 
-ToWorker = Setup | Run | Cancel | Note
+ToWorker = Setup | Run | Cancel | Note | Uploaded | EndSession
 ToFront = Loaded | LoadFailed | Done | Failed | Again | Skipped | Leaving | Note
 
 encode = msgspec.msgpack.Encoder().encode

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -31,6 +32,15 @@ def response(kind: Kind, outcome: Outcome) -> Message:
     if kind == "jacobian":
         return pb.ComputeJacobianResponse(outputs=outputs, blocks=blocks)
     return pb.ComputeHessianResponse(outputs=outputs, gradients=_gradients(outcome.gradients), blocks=blocks)
+
+
+def tensors_of(message: Any) -> Iterator[tensor_pb2.Tensor]:
+    """Every tensor of a response that has bytes."""
+    yield from message.outputs
+    for field in ("gradients", "tangents", "hvps", "cotangent_derivatives", "blocks"):
+        for element in getattr(message, field, ()):
+            if not element.unused:
+                yield element.value
 
 
 def _tensor(ref: TensorRef) -> tensor_pb2.Tensor:

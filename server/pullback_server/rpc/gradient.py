@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from typing import cast
 
 from pullback_server.faults import Fault
-from pullback_server.job import Kind
+from pullback_server.job import Kind, Outcome
 from pullback_server.rpc.answer import response
 from pullback_server.rpc.request import Request, Translator, wire_path
 from pullback_server.rpc.unary import Call
@@ -41,7 +41,7 @@ class GradientHandler:
             raise
         with scheduled.reply as reply:
             kind: Kind = job.kind
-            header = response(kind, reply.outcome).SerializeToString()
+            header = response(kind, cast(Outcome, reply.outcome)).SerializeToString()
             if sum(len(payload) for payload in reply.payloads) < _JOIN_ASIDE:
                 answer = encode(header, reply.payloads)
             else:

@@ -58,7 +58,7 @@ class Translator:
         view.check_inputs(inputs)
         if parameters:
             view.check_parameters(parameters)
-        loss = _loss(function, view)
+        loss = loss_of(function, view)
         if targets and loss is None:
             raise Fault(Reason.BAD_NAME, f"target {targets[0].name!r} is given but no loss is named", "targets")
         job = Job(
@@ -66,7 +66,7 @@ class Translator:
             model=view.signature.name,
             version=view.signature.version,
             loss=loss,
-            train=_train(function),
+            train=train_of(function),
             seed=function.seed if function.HasField("seed") else None,
             inputs=inputs,
             parameters=parameters,
@@ -181,7 +181,8 @@ def _tensors(reader: TensorReader, tensors: Iterable[tensor_pb2.Tensor], field: 
     return refs
 
 
-def _loss(function: function_pb2.Function, view: SignatureView) -> LossCall | None:
+def loss_of(function: function_pb2.Function, view: SignatureView) -> LossCall | None:
+    """The function's loss. Raises Fault when there is none of its name."""
     if not function.HasField("loss"):
         return None
     loss = function.loss
@@ -195,7 +196,8 @@ def _loss(function: function_pb2.Function, view: SignatureView) -> LossCall | No
     return LossCall(loss.name, options, dict(loss.bindings))
 
 
-def _train(function: function_pb2.Function) -> bool:
+def train_of(function: function_pb2.Function) -> bool:
+    """Whether the function's mode is MODE_TRAIN. Raises Fault for a mode that does not exist."""
     mode = function.mode
     if mode not in _MODES:
         raise Fault(Reason.BAD_OPTION, f"function.mode is {mode}, expected MODE_EVAL or MODE_TRAIN", "function.mode")

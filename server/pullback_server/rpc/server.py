@@ -16,10 +16,12 @@ from pullback_server.rpc.catalogue import Catalogue
 from pullback_server.rpc.gradient import GradientHandler
 from pullback_server.rpc.models import ModelHandler
 from pullback_server.rpc.request import ResultLimits, Translator
+from pullback_server.rpc.session import SessionHandler
+from pullback_server.rpc.stream import SessionOptions
 from pullback_server.rpc.unary import Handler, Unary
 from pullback_server.scheduling import Scheduler
 from pullback_server.telemetry import Metrics
-from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, Method
+from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Method
 
 #: Room for a response's names and shapes besides its payloads.
 _DESCRIPTIONS = 4 << 20
@@ -30,7 +32,8 @@ class FrontOptions:
     """How the front listens and what it lets in.
 
     max_message_bytes: of one request, and of the tensors of one response.
-    max_call_seconds: what a call without a deadline may take.
+    max_call_seconds: what a call without a deadline may take, and an op of a session.
+    session_bytes, session_idle_seconds, session_heartbeat_seconds: see SessionOptions.
     """
 
     host: str
@@ -38,6 +41,9 @@ class FrontOptions:
     max_message_bytes: int
     max_cotangents: int
     max_call_seconds: float
+    session_bytes: int | None
+    session_idle_seconds: float
+    session_heartbeat_seconds: float
 
 
 class Front:
@@ -68,8 +74,20 @@ class Front:
                 ("grpc.keepalive_permit_without_calls", 1),
             ]
         )
+        session_options = SessionOptions(
+            options.session_bytes,
+            options.session_idle_seconds,
+            options.session_heartbeat_seconds,
+            options.max_message_bytes,
+            options.max_call_seconds,
+        )
+        self.sessions = SessionHandler(session_options, self._catalogue, translator, scheduler, metrics, self._executor)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SESSION_SERVICE, {"Session": self.sessions.method_handler()}),)
+        )
         self._services = [
             self._add(unary, GRADIENT_METHODS.values(), gradients),
+            SESSION_SERVICE,
             self._add(unary, MODEL_METHODS.values(), ModelHandler(self._catalogue)),
         ]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -104,5 +122,6 @@ class Front:
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets those that run end within `grace` seconds, then ends them."""
         await self.announce(False)
+        self.sessions.drain(grace)
         await self._server.stop(grace)
         self._executor.shutdown(wait=False)

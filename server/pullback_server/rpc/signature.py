@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from pullback_server.faults import Fault, nearest
+from pullback_server.hosting.checks import check_tensor
 from pullback_server.job import Signature, SpecRecord, TensorRef, Wrt
 from pullback_wire import Reason, dtype_name
 from pullback_wire.dtypes import COMPLEX, FLOATING
@@ -43,7 +44,7 @@ class SignatureView:
                     f"{field}.name",
                 )
             given[tensor.name] = tensor
-            _check_tensor(spec, tensor, "input", field, free)
+            check_tensor(spec, tensor, "input", field, free)
         for name in self._required:
             if name not in given:
                 raise Fault(Reason.BAD_NAME, f"input {name!r} of model {self.signature.name!r} is missing", "inputs")
@@ -67,7 +68,7 @@ class SignatureView:
                     f"{nearest(tensor.name, self.parameters)}",
                     f"{field}.name",
                 )
-            _check_tensor(spec, tensor, "parameter", field, {})
+            check_tensor(spec, tensor, "parameter", field, {})
 
     def resolve(
         self, patterns: Sequence[str], inputs: Sequence[TensorRef], targets: Sequence[TensorRef], field: str
@@ -145,37 +146,3 @@ class SignatureView:
         ambiguous = name in self.inputs and name in self.parameters
         label = f"{place}:{name}" if ambiguous or place == "target" else name
         return Wrt(place, name, label)  # type: ignore[arg-type]
-
-
-def _check_tensor(spec: SpecRecord, tensor: TensorRef, what: str, field: str, free: dict[str, tuple[int, str]]) -> None:
-    """`free` collects the extents of named axes: extent and the tensor that fixed it."""
-    if spec.dtype and tensor.dtype != spec.dtype:
-        raise Fault(
-            Reason.BAD_TENSOR,
-            f"{what} {spec.name!r} is {dtype_name(tensor.dtype)}, expected {dtype_name(spec.dtype)}",
-            f"{field}.dtype",
-        )
-    if spec.shape is None:
-        return
-    shape = list(tensor.shape)
-    wanted = "[" + ", ".join(str(extent) for extent in spec.shape) + "]"
-    if len(shape) != len(spec.shape):
-        raise Fault(
-            Reason.BAD_TENSOR,
-            f"{what} {spec.name!r} has shape {shape}, expected {wanted}: {len(spec.shape)} axes, not {len(shape)}",
-            f"{field}.shape",
-        )
-    for extent, expected in zip(shape, spec.shape, strict=True):
-        if isinstance(expected, str):
-            known, by = free.setdefault(expected, (extent, spec.name))
-            if known != extent:
-                raise Fault(
-                    Reason.BAD_TENSOR,
-                    f"{what} {spec.name!r} has shape {shape}, expected {wanted}: "
-                    f"{expected} is {known} in {by!r} and {extent} here",
-                    f"{field}.shape",
-                )
-        elif extent != expected:
-            raise Fault(
-                Reason.BAD_TENSOR, f"{what} {spec.name!r} has shape {shape}, expected {wanted}", f"{field}.shape"
-            )

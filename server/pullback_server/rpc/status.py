@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from pullback_server.faults import Fault
 from pullback_wire import ERROR_DOMAIN, Reason, WireError
+from pullback_wire.v1 import session_service_pb2
 
 #: Metadata key of the serialised google.rpc.Status, by gRPC's convention.
 DETAILS_KEY = "grpc-status-details-bin"
@@ -53,6 +54,17 @@ def clip(text: str) -> str:
 def details(fault: Fault) -> bytes:
     """A serialised google.rpc.Status: ErrorInfo always, BadRequest for a named field, RetryInfo for a retry time."""
     message = clip(fault.message)
+    whole = status_pb2.Status(code=int(fault.reason.code), message=message, details=_details(fault, message))
+    return bytes(whole.SerializeToString())
+
+
+def op_status(fault: Fault) -> session_service_pb2.OpStatus:
+    """The same, for an op of a session."""
+    message = clip(fault.message)
+    return session_service_pb2.OpStatus(code=int(fault.reason.code), message=message, details=_details(fault, message))
+
+
+def _details(fault: Fault, message: str) -> list[Any]:
     packed: list[Any] = []
 
     def pack(detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
@@ -70,8 +82,7 @@ def details(fault: Fault) -> bytes:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(int(fault.retry_after * 1000))
         pack(retry)
-    whole = status_pb2.Status(code=int(fault.reason.code), message=message, details=packed)
-    return bytes(whole.SerializeToString())
+    return packed
 
 
 def as_fault(error: WireError) -> Fault:

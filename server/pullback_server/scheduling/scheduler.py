@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pullback_server.faults import Fault
-from pullback_server.fleet.seam import Buffer, Fleet, Reply, Worker, WorkerLost, WorkerState
+from pullback_server.fleet.seam import Buffer, Fleet, Reply, Seat, Worker, WorkerLost, WorkerState
 from pullback_server.job import Job
 from pullback_wire import Reason
 
 #: Jobs a worker holds at most: one that computes and one whose bytes are already there when it ends.
 STAGED = 2
+#: Seconds between looks for a worker that is ready.
+_LOOK_AGAIN = 0.05
 #: Workers that one job may take down with it. A job that kills is refused, not retried for ever.
 VICTIMS = 2
 
@@ -35,8 +37,19 @@ class Scheduled:
     queued: float
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """Somebody who waits for a place: on this worker, or (None) on any."""
+
+    place: asyncio.Future[Worker]
+    worker: Worker | None
+
+
 class Scheduler:
     """Hands jobs to workers first come, first served. Work-conserving: a worker that can take a job gets one at once.
+
+    A session's ops wait in the same queue, for places on the session's worker, and one at a time; so a session with
+    thousands of ops in flight takes turns with everybody else.
 
     Belongs to one event loop.
     """
@@ -44,7 +57,7 @@ class Scheduler:
     def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self._fleet = fleet
         self._limits = limits
-        self._queue: deque[asyncio.Future[Worker]] = deque()
+        self._queue: deque[_Waiting] = deque()
         # Places promised to jobs that may not have reached their worker yet. A worker's own count has these only from
         # then on, but it also has the abandoned ones.
         self._reserved: Counter[str] = Counter()
@@ -55,7 +68,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Jobs that wait for a worker."""
-        return sum(not waiting.done() for waiting in self._queue)
+        return sum(not waiting.place.done() for waiting in self._queue)
 
     async def submit(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> Scheduled:
         """Computes a job on some worker.
@@ -96,12 +109,50 @@ class Scheduler:
                 0.5 if fits else None,
             )
 
+    async def sit(self, deadline: float) -> tuple[Worker, Seat]:
+        """A session's place: on the worker that has the fewest, as soon as there is one that is ready.
+
+        Raises Fault (NOT_READY).
+        """
+        while True:
+            ready = [worker for worker in self._fleet.workers if worker.state is WorkerState.READY]
+            if ready:
+                worker = min(ready, key=lambda one: (len(one.seats), self._load(one)))
+                try:
+                    return worker, worker.open()
+                except WorkerLost:
+                    # Its death is about to be told.
+                    await asyncio.sleep(0)
+                    continue
+            if time.monotonic() >= deadline:
+                raise Fault(Reason.NOT_READY, "no worker is ready; they are starting", "", 1.0)
+            await asyncio.sleep(_LOOK_AGAIN)
+
+    async def place_on(self, worker: Worker, deadline: float) -> None:
+        """Waits for a place on one worker, which `release` gives back. Raises Fault (DEADLINE_EXCEEDED)."""
+        if not self._queue and self._reserve_on(worker):
+            return
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._wait(worker)
+        except TimeoutError:
+            raise Fault(Reason.DEADLINE_EXCEEDED, "the op's time passed before a worker could take it") from None
+
+    def admit_upload(self, size: int) -> None:
+        """Counts bytes that come in by chunks. Raises Fault (OVERLOADED)."""
+        self._admit(size)
+        self.bytes += size
+
+    def forget_upload(self, size: int) -> None:
+        """They are with a worker, or were given up."""
+        self.bytes -= size
+
     async def _attempts(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> Scheduled:
         victims = 0
         queued = 0.0
         while True:
             since = time.monotonic()
-            worker = self._free_worker() or await self._wait()
+            worker = self._free_worker() or await self._wait(None)
             queued += time.monotonic() - since
             try:
                 return Scheduled(await worker.run(job, payloads, deadline), queued)
@@ -115,7 +166,7 @@ class Scheduler:
                 # The loop must get the chance to learn of the death before the next attempt picks a worker.
                 await asyncio.sleep(0)
             finally:
-                self._release(worker)
+                self.release(worker)
 
     def _free_worker(self) -> Worker | None:
         """Reserves a place on the least busy worker, if nobody waits for one and there is one."""
@@ -128,35 +179,56 @@ class Scheduler:
         least = STAGED
         for worker in self._fleet.workers:
             if worker.state is WorkerState.READY:
-                load = max(worker.outstanding, self._reserved[worker.name])
+                load = self._load(worker)
                 if load < least:
                     best, least = worker, load
         if best is not None:
             self._reserved[best.name] += 1
         return best
 
-    async def _wait(self) -> Worker:
+    def _reserve_on(self, worker: Worker) -> bool:
+        # On a dead worker too: what is sent there fails at once, and says why.
+        if worker.state is WorkerState.READY and self._load(worker) >= STAGED:
+            return False
+        self._reserved[worker.name] += 1
+        return True
+
+    def _load(self, worker: Worker) -> int:
+        return max(worker.outstanding, self._reserved[worker.name])
+
+    async def _wait(self, worker: Worker | None) -> Worker:
         place: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-        self._queue.append(place)
+        self._queue.append(_Waiting(place, worker))
+        # Those before it may wait for other workers.
+        self._dispatch()
         try:
             return await place
         except asyncio.CancelledError:
             # A place may have been granted in the very turn of the loop in which the caller went away. Otherwise
             # awaiting has cancelled `place`, and `_dispatch` passes over it.
             if not place.cancelled():
-                self._release(place.result())
+                self.release(place.result())
             raise
 
-    def _release(self, worker: Worker) -> None:
+    def release(self, worker: Worker) -> None:
+        """Gives a place back."""
         self._reserved[worker.name] -= 1
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._queue:
-            if self._queue[0].done():
-                self._queue.popleft()
+        if not self._queue:
+            return
+        left: deque[_Waiting] = deque()
+        for waiting in self._queue:
+            if waiting.place.done():
                 continue
-            worker = self._reserve()
+            # A worker that is busy keeps those waiting who wait for it, and nobody else.
+            if waiting.worker is None:
+                worker = self._reserve()
+            else:
+                worker = waiting.worker if self._reserve_on(waiting.worker) else None
             if worker is None:
-                return
-            self._queue.popleft().set_result(worker)
+                left.append(waiting)
+            else:
+                waiting.place.set_result(worker)
+        self._queue = left

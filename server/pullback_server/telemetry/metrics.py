@@ -68,6 +68,34 @@ class Metrics:
         self.sent_bytes = Counter(
             "pullback_response_bytes", "Bytes of response messages, by RPC.", ["method"], registry=self.registry
         )
+        self.sessions = Gauge("pullback_sessions", "Open sessions.", registry=self.registry)
+        self.sessions_ended = Counter(
+            "pullback_sessions_ended",
+            "Sessions that have ended, by gRPC status code.",
+            ["code"],
+            registry=self.registry,
+        )
+        self.session_handles = Gauge(
+            "pullback_session_handles", "Tensors that open sessions hold on workers.", registry=self.registry
+        )
+        self.session_bytes = Gauge(
+            "pullback_session_retained_bytes",
+            "Bytes of the tensors and graphs that open sessions hold on workers.",
+            registry=self.registry,
+        )
+        self.session_ops = Counter(
+            "pullback_session_ops",
+            "Ops of sessions answered, by kind and gRPC status code.",
+            ["op", "code"],
+            registry=self.registry,
+        )
+        self.session_op_seconds = Histogram(
+            "pullback_session_op_duration_seconds",
+            "Time from an op's arrival until its answer was written, by kind.",
+            ["op"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.queued = Gauge("pullback_queue_length", "Calls that wait for a worker.", registry=self.registry)
         self.bytes_in_flight = Gauge(
             "pullback_bytes_in_flight", "Bytes of tensors of the calls being computed.", registry=self.registry
@@ -80,8 +108,14 @@ class Metrics:
         bytes_in_flight: Callable[[], float],
         restarts: Callable[[], int],
         workers: Callable[[], Mapping[str, int]],
+        sessions: Callable[[], float],
+        handles: Callable[[], float],
+        retained: Callable[[], float],
     ) -> None:
         """Reads these at each scrape."""
+        self.sessions.set_function(sessions)
+        self.session_handles.set_function(handles)
+        self.session_bytes.set_function(retained)
         self.queued.set_function(queued)
         self.bytes_in_flight.set_function(bytes_in_flight)
         self.registry.register(_Workers(workers, restarts))

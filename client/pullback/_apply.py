@@ -1,0 +1,218 @@
+"""Runs ops on tensors: picks the session, sends what is not there yet, makes tensors of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pullback import errors
+from pullback._arrays import Array, as_array, refuse_torch_graph
+from pullback._current import session_now
+from pullback._frames import Keep, Operand
+from pullback._grad_mode import is_grad_enabled
+from pullback._lineage import VIEWS, Kin, Leaves, Ref, merged
+from pullback._session import Callee, Session
+from pullback._tensor import Tensor
+from pullback._transport import Transport
+
+#: Outputs of at most so many bytes come along with the answer.
+FETCH_BELOW = 64 << 10
+#: The same where nobody waits for the answer.
+_FETCH_BELOW_PIPELINED = 1 << 10
+
+
+def choose_session(
+    tensors: Iterable[Tensor], transport: Transport | None = None, model: tuple[str, str] | None = None
+) -> Session:
+    """The session for an op on these tensors.
+
+    It is the one that holds those which have no data here; else that of the `with` around; else one that has met any
+    of them; else the client's own.
+
+    Raises BadHandle for tensors of different sessions, SessionLost, RuntimeError where it is unclear.
+    """
+    bound: Session | None = None
+    met: Session | None = None
+    for tensor in tensors:
+        session = tensor.bound_session
+        if session is None:
+            continue
+        if tensor.is_portable:
+            met = met or (session if session.usable else None)
+        elif bound is not None and bound is not session:
+            raise errors.BadHandle(
+                f"tensors of two sessions meet: {bound!r} and {session!r}; carry one over with "
+                "session.tensor(t.numpy()), which cuts its graph"
+            )
+        else:
+            bound = session
+    if bound is not None:
+        if transport is not None and bound.transport.address != transport.address:
+            raise errors.BadHandle(
+                f"a tensor on {bound.transport.address.target} is given to a model on {transport.address.target}; "
+                "carry it over with client.tensor(t.numpy()), which cuts its graph"
+            )
+        return bound
+    if met is not None and transport is not None and met.transport.address != transport.address:
+        met = None
+    try:
+        return session_now(transport, model) if met is None else _around(transport) or met
+    except RuntimeError:
+        if met is None:
+            raise
+        return met
+
+
+def _around(transport: Transport | None) -> Session | None:
+    from pullback._session import current
+
+    around = current.get()
+    if around is not None and transport is not None and around.transport.address != transport.address:
+        return None
+    return around
+
+
+class Arguments:
+    """The tensor arguments of one op in one session, and what becomes of them once it is sent."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._refs: dict[int, tuple[Tensor, Ref]] = {}
+        self._kept: list[tuple[Tensor, Ref]] = []
+        self._groups: list[Leaves] = []
+        self.requires_grad = False
+
+    def operand(self, value: Any, field: str, like: np.dtype[Any] | None = None) -> Operand:
+        """One argument: a Tensor, or anything that `as_array` takes. like: the dtype that Python numbers get."""
+        if not isinstance(value, Tensor):
+            refuse_torch_graph(value, field)
+            array = as_array(value, field)
+            return array if like is None or hasattr(value, "dtype") else array.astype(like)
+        known = self._refs.get(id(value))
+        if known is not None:
+            return known[1].handle
+        ref = value.ref_in(self.session)
+        if ref is not None:
+            operand: Operand = ref.handle
+        else:
+            ref = Ref(self.session, self.session.new_handle())
+            operand = Keep(value.portable_data(), ref.handle, value.requires_grad)
+            self._kept.append((value, ref))
+        self._refs[id(value)] = (value, ref)
+        if value.may_require_grad:
+            self.requires_grad = True
+            self._groups.append({ref: value} if value.is_leaf else value.leaves)
+        return operand
+
+    def handle(self, tensor: Tensor) -> int:
+        """A handle for a tensor; it is put there first where it is not yet."""
+        operand = self.operand(tensor, "tensor")
+        if isinstance(operand, Keep):
+            self.session.put(operand.array, operand.requires_grad, operand.handle)
+            self.sent(self.session.epoch)
+            return operand.handle
+        assert isinstance(operand, int)
+        return operand
+
+    def leaves(self) -> Leaves:
+        """The leaves that a result may depend on."""
+        return merged(self._groups)
+
+    def expose(self) -> None:
+        """What comes out may share memory with what went in."""
+        for tensor, _ in self._refs.values():
+            tensor.exposed = True
+
+    def sent(self, epoch: int) -> None:
+        """The op is on its way: what was sent with it is in the session from now on."""
+        for tensor, ref in self._kept:
+            tensor.bind(ref, epoch)
+
+    def failed(self) -> None:
+        """The op failed: what was sent with it is sent anew next time, whether or not it arrived."""
+        for tensor, ref in self._kept:
+            tensor.unbind(ref)
+
+
+def run(
+    session: Session,
+    arguments: Arguments,
+    callee: Callee,
+    inputs: Mapping[str, Operand],
+    *,
+    outputs: int | None = 1,
+    view_of: Tensor | None = None,
+    **more: Any,
+) -> list[Tensor]:
+    """Sends a call and makes tensors of its outputs. outputs: how many there will be; None: unknown.
+
+    Raises PullbackError.
+    """
+    recording = is_grad_enabled()
+    first = session.new_handle(65536 if outputs is None or not isinstance(callee, str) else 1)
+    pending = session.call(
+        callee,
+        inputs,
+        handles=[first],
+        no_grad=not recording,
+        fetch_below=_FETCH_BELOW_PIPELINED if session.pipelined else FETCH_BELOW,
+        **more,
+    )
+    arguments.sent(pending.epoch)
+    leaves = arguments.leaves() if recording and callee != "detach" else {}
+    kin = view_of.kin if view_of is not None and recording and callee != "detach" else None
+    if not isinstance(callee, str) or callee in VIEWS:
+        arguments.expose()
+    if session.pipelined and outputs is not None:
+        return [
+            Tensor.coming(pending, index, Ref(session, first + index), leaves, kin or Kin()) for index in range(outputs)
+        ]
+    try:
+        infos = session.settle(pending)
+    except errors.PullbackError:
+        arguments.failed()
+        raise
+    return [Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, kin or Kin()) for info in infos]
+
+
+def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
+    """An operation that changes `target`. Raises PullbackError."""
+    tensors = [target, *(one for one in others.values() if isinstance(one, Tensor))]
+    session = choose_session(tensors)
+    arguments = Arguments(session)
+    inputs = {"input": arguments.operand(target, "input")}
+    rest = Arguments(session)
+    rest._refs.update(arguments._refs)
+    inputs.update({key: rest.operand(one, key, target.dtype) for key, one in others.items()})
+    recording = is_grad_enabled()
+    pending = session.call(
+        name, inputs, options=options, handles=(), no_grad=not recording, changes=name != "requires_grad_"
+    )
+    arguments.sent(pending.epoch)
+    rest.sent(pending.epoch)
+    if not session.pipelined:
+        try:
+            session.settle(pending)
+        except errors.PullbackError:
+            arguments.failed()
+            rest.failed()
+            raise
+    if name != "requires_grad_":
+        target.changed()
+        if recording and rest.requires_grad:
+            target.kin.tainted = True
+            target.kin.leaves = merged([target.kin.leaves, rest.leaves()])
+    return target
+
+
+def as_gradient(value: Any, field: str, dtype: np.dtype[Any] | None) -> Array | Tensor:
+    """A cotangent: Python numbers and lists of them take the output's dtype, all else keeps its own."""
+    if isinstance(value, Tensor):
+        return value
+    refuse_torch_graph(value, field)
+    array = as_array(value, field)
+    if isinstance(value, bool | int | float | complex | list | tuple) and dtype is not None:
+        return array if array.dtype == dtype else np.asarray(value).astype(dtype)
+    return array

@@ -1,0 +1,64 @@
+"""Which session a tensor without one is used in."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+from pullback import errors
+from pullback._fork import gate
+from pullback._session import Session, current
+from pullback._transport import Transport
+
+#: By generation, so that no fork can leave one locked.
+_locks: dict[int, threading.Lock] = {}
+#: Each client's own session, by its transport and the generation.
+_defaults: weakref.WeakKeyDictionary[Transport, dict[int, Session]] = weakref.WeakKeyDictionary()
+
+
+def default_session(transport: Transport, model: tuple[str, str] | None = None) -> Session:
+    """The client's own session in this process; opened when there is none that lives.
+
+    model: what it is opened for, so that it comes to a worker that has it. Raises PullbackError.
+    """
+    found = _found(transport)
+    if found is None:
+        with _locks.setdefault(gate.generation, threading.Lock()):
+            found = _found(transport)
+            if found is None:
+                found = Session(transport, [model] if model else [])
+                _defaults.setdefault(transport, {})[gate.generation] = found
+    return found
+
+
+def _found(transport: Transport) -> Session | None:
+    found = _defaults.get(transport, {}).get(gate.generation)
+    return found if found is not None and found.usable and not found.going_away and not transport.closed else None
+
+
+def session_now(transport: Transport | None = None, model: tuple[str, str] | None = None) -> Session:
+    """The session for what belongs to none yet: that of the `with` around, else the client's own.
+
+    transport: whose it must be; None: anyone's, where that leaves no doubt.
+
+    Raises RuntimeError where it is unclear, or PullbackError where none can be opened.
+    """
+    around = current.get()
+    if around is not None and (transport is None or around.transport.address == transport.address):
+        return around
+    if transport is None:
+        clients = [one for one in list(Transport.everyone) if not one.closed]
+        if len({one.address for one in clients}) != 1:
+            held = "no client is connected" if not clients else f"{len(clients)} clients are connected"
+            raise RuntimeError(
+                f"which session is this for? {held}; use `with client.session():`, or make tensors by client.tensor(...)"
+            )
+        transport = next((one for one in clients if _found(one)), clients[0])
+    return default_session(transport, model)
+
+
+def end_default(transport: Transport) -> None:
+    """Ends the client's own session, as the client is closed."""
+    session = _defaults.pop(transport, {}).get(gate.generation)
+    if session is not None:
+        session._stream.fail(errors.ClientClosed(f"the client of {transport.address.target} is closed"))

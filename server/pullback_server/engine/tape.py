@@ -1,0 +1,249 @@
+"""`Tape`: what a worker does with the ops of one session, remote autograd as torch.autograd does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pullback_server import ops
+from pullback_server.engine._dtypes import WIRE
+from pullback_server.engine.call import model_error, out_of_memory, text_of
+from pullback_server.engine.core import Engine
+from pullback_server.engine.guards import Ambience
+from pullback_server.engine.retained import Ledger
+from pullback_server.engine.tape_call import Caller
+from pullback_server.engine.tape_grad import grad
+from pullback_server.engine.tape_state import Cause, Dependency, Handles, Held, Operands
+from pullback_server.faults import Fault
+from pullback_server.job import TensorRef
+from pullback_wire import Reason
+
+__all__ = ["Tape", "TapeResult"]
+
+
+@dataclass
+class TapeResult:
+    """What an op came to. `TensorRef.payload` of the outcome is an index into `tensors`."""
+
+    outcome: ops.SessionOutcome
+    tensors: list[torch.Tensor]
+
+
+#: What an op made or read: handle, name, tensor (None: an unused gradient).
+Made = list[tuple[int, str, Held | None]]
+
+
+class Tape:
+    """The tensors and graphs of one session."""
+
+    def __init__(self, engine: Engine, session: int, budget: int) -> None:
+        self.session = session
+        self._engine = engine
+        self._budget = budget
+        self._ledger = Ledger()
+        self._handles = Handles(self._ledger)
+        self._caller = Caller(engine, self._handles, self._ledger)
+        self._retained = 0
+
+    @property
+    def live(self) -> int:
+        """How many handles are held."""
+        return len(self._handles.held)
+
+    @property
+    def retained(self) -> int:
+        """How many bytes they and the graphs behind them hold."""
+        return self._retained
+
+    def close(self) -> None:
+        """Drops everything."""
+        self._handles.clear()
+        self._caller.close()
+        self._ledger.close()
+        self._retained = 0
+
+    def run(self, job: ops.SessionJob, tensors: Sequence[torch.Tensor]) -> TapeResult:
+        """Runs one op.
+
+        tensors: by payload index, on the engine's device; the session may keep them.
+
+        Raises Fault; after it the session is as if the op had not been, but for operands that it stored, graphs that a
+        backward freed and handles that are marked as failed.
+        """
+        begin = time.perf_counter()
+        self._budget = job.budget
+        self._handles.release(job.release)
+        try:
+            with Ambience():
+                result = self._run(job, tensors)
+        except Fault as fault:
+            self._failed(job, Cause(job.number, _kind(job.op), fault.reason.value, fault.message))
+            raise
+        except Dependency as dependency:
+            self._failed(job, dependency.cause)
+            fault = Fault(Reason.DEPENDENCY_FAILED, str(dependency.cause))
+        except BaseException as error:
+            fault = self._explained(error)
+            self._failed(job, Cause(job.number, _kind(job.op), fault.reason.value, fault.message))
+            if fault.reason is not Reason.OUT_OF_MEMORY:
+                raise fault from error
+        else:
+            result.outcome.timings["tape"] = time.perf_counter() - begin
+            return result
+        if fault.reason is Reason.OUT_OF_MEMORY and self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise fault
+
+    def _explained(self, error: BaseException) -> Fault:
+        if out_of_memory(error):
+            return Fault(Reason.OUT_OF_MEMORY, f"memory of {self._engine.device} ran out: {text_of(error)}")
+        if isinstance(error, Exception):
+            return Fault(Reason.INTERNAL, f"{type(error).__name__}: {text_of(error)}")
+        return model_error("the code of a model", error)
+
+    def _failed(self, job: ops.SessionJob, cause: Cause) -> None:
+        self._handles.fail(_makes(job.op), cause, isinstance(job.op, ops.Call))
+        self._ledger.dropped(1)
+        self._retained = self._ledger.total()
+
+    def _run(self, job: ops.SessionJob, tensors: Sequence[torch.Tensor]) -> TapeResult:
+        op = job.op
+        operands = Operands(self._handles, tensors)
+        self._keep(op, operands)
+        fetch: Sequence[int] = ()
+        fetch_below = 0
+        made: Made
+        match op:
+            case ops.Call():
+                self._handles.check_free(op.handles)
+                made = self._caller.call(op, operands)
+                fetch, fetch_below = op.fetch, op.fetch_below
+            case ops.Grad():
+                self._handles.check_free(op.handles)
+                made = grad(op, operands, self._ledger, self._room())
+                fetch, fetch_below = op.fetch, op.fetch_below
+            case ops.Put():
+                made = [(value.keep, value.name, self._handles[value.keep]) for value in op.values]
+            case ops.Get():
+                made = [(handle, "", self._handles[handle]) for handle in op.handles]
+                fetch = op.handles
+            case ops.Parameters():
+                self._handles.check_free(op.handles)
+                made = self._caller.parameters(op)
+            case ops.Release():
+                made = []
+            case ops.Broken():
+                record = op.fault
+                raise Fault(Reason(record.reason), record.message, record.field, record.retry_after)
+        if not isinstance(op, (ops.Put, ops.Get)):
+            self._afford(made)
+        result = self._result(made, fetch, fetch_below, job.max_result_bytes)
+        for handle, _, held in made:
+            if held is not None and held.handle == 0:
+                self._handles.store(handle, held)
+        self._retained = self._ledger.total()
+        result.outcome.live, result.outcome.retained = self.live, self._retained
+        return result
+
+    def _keep(self, op: ops.Op, operands: Operands) -> None:
+        """Stores the op's own tensors that are to be kept. Raises Fault, having stored none."""
+        kept = list(_kept(op))
+        if not kept:
+            return
+        self._handles.check_free([operand.keep for operand, _ in kept])
+        leaves = [(operand.keep, operands.leaf(operand, field)) for operand, field in kept]
+        size = sum(held.tensor.untyped_storage().nbytes() for _, held in leaves)
+        if size > self._room():
+            self._ledger.settle()
+            if size > self._room():
+                raise self._over(self._ledger.total() + size)
+        for handle, held in leaves:
+            self._handles.store(handle, held)
+
+    def _room(self) -> int:
+        """How many bytes more the session may hold."""
+        return self._budget - self._ledger.total()
+
+    def _afford(self, made: Made) -> None:
+        """Notes what an op made. Raises Fault (SESSION_BUDGET)."""
+        tensors = [held.tensor for _, _, held in made if held is not None]
+        for tensor in tensors:
+            self._ledger.note(tensor)
+        self._ledger.note_graph(tensors)
+        if self._room() < 0 and (held := self._ledger.settle()) > self._budget:
+            raise self._over(held)
+
+    def _over(self, size: int) -> Fault:
+        return Fault(
+            Reason.SESSION_BUDGET,
+            f"the session holds {self._retained} bytes and would hold {size}, its budget is {self._budget}; release "
+            "tensors, or run backward without retain_graph",
+        )
+
+    def _result(self, made: Made, fetch: Sequence[int], fetch_below: int, limit: int) -> TapeResult:
+        """The answer, with the values that were asked for. Raises Fault (RESULT_TOO_LARGE)."""
+        wanted = set(fetch)
+        total = 0
+        if wanted:
+            total = sum(held.tensor.nbytes for handle, _, held in made if held is not None and handle in wanted)
+            if total > limit:
+                raise Fault(
+                    Reason.RESULT_TOO_LARGE,
+                    f"the values asked for have {total} bytes, at most {limit} are allowed; read fewer at a time",
+                    "fetch",
+                )
+        records: list[ops.HandleRecord] = []
+        values: list[torch.Tensor] = []
+        for handle, name, held in made:
+            if held is None:
+                records.append(ops.HandleRecord(handle, name, 0, (), False, True))
+                continue
+            tensor = held.tensor
+            number, shape, ref = WIRE[tensor.dtype], tuple(tensor.shape), None
+            fetched = handle in wanted
+            if not fetched and 0 < fetch_below and (size := tensor.nbytes) <= fetch_below and total + size <= limit:
+                fetched, total = True, total + size
+            if fetched:
+                ref = TensorRef(name, number, shape, len(values))
+                values.append(tensor.detach())
+            records.append(ops.HandleRecord(handle, name, number, shape, tensor.requires_grad, False, ref))
+        return TapeResult(ops.SessionOutcome(records, 0, 0, {}), values)
+
+
+def _kind(op: ops.Op) -> str:
+    return type(op).__name__.lower()
+
+
+def _kept(op: ops.Op) -> Iterator[tuple[ops.Operand, str]]:
+    """The operands that are stored before the op runs, and what to call them."""
+    groups: list[tuple[str, Sequence[ops.Operand | None]]] = []
+    match op:
+        case ops.Put():
+            for index, value in enumerate(op.values):
+                yield value, f"tensors[{index}]"
+        case ops.Call():
+            groups = [("inputs", op.inputs), ("targets", op.targets), ("parameters", op.parameters)]
+        case ops.Grad():
+            groups = [("grad_outputs", op.grad_outputs)]
+        case _:
+            pass
+    for what, operands in groups:
+        for index, operand in enumerate(operands):
+            if operand is not None and operand.keep and not operand.handle:
+                yield operand, f"{what}[{operand.name or index}]"
+
+
+def _makes(op: ops.Op) -> list[int]:
+    """The handles that an op would have made. What it was to store before it ran comes first."""
+    match op:
+        case ops.Get() | ops.Release():
+            return []
+        case ops.Put():
+            return [value.keep for value in op.values]
+        case ops.Call() | ops.Grad():
+            return [operand.keep for operand, _ in _kept(op)] + op.handles
+        case _:
+            return op.handles

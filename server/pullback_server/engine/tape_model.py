@@ -1,0 +1,245 @@
+"""One run of a hosted model in a session: its graph goes through the caller's tensors and stays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pullback_server.engine._dtypes import WIRE
+from pullback_server.engine.call import Again, model_error, out_of_memory, text_of
+from pullback_server.engine.flatten import flatten
+from pullback_server.engine.guards import (
+    Randomness,
+    Witness,
+    compiled_code_as_written,
+    plain_kernels,
+    without_cudnn,
+)
+from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.losses import PreparedLoss
+from pullback_server.engine.replica import Stage
+from pullback_server.engine.tape_state import PLAIN, Held, Lineage, merged
+from pullback_server.faults import Fault, listed
+from pullback_wire import Reason
+
+Named = Mapping[str, Held]
+
+
+@dataclass
+class Run:
+    """What to run a model with."""
+
+    inputs: Named
+    parameters: Named
+    targets: Named
+    loss: PreparedLoss | None
+    train: bool
+    seed: int | None
+    fast: bool
+    no_grad: bool
+
+
+class Overwritten(Exception):
+    """The model wrote into tensors that the session holds."""
+
+    def __init__(self, helds: list[Held], message: str) -> None:
+        super().__init__(message)
+        self.helds = helds
+        self.message = message
+
+
+def run_model(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], Lineage]:
+    """The outputs, with their graph, and what is known of it. Raises Fault, Again, Overwritten."""
+    hosted.watch_parameters(run.train)
+    wrote_before = hosted.writes_parameters
+    randomness = Randomness(run.seed, hosted.device, not hosted.stock)
+    try:
+        randomness.begin()
+        try:
+            outputs, witness = _forward(hosted, run, randomness)
+        finally:
+            randomness.end()
+    finally:
+        hosted.restore_state()
+    if hosted.spoilt or hosted.writes_parameters != wrote_before:
+        raise Again
+    targets = {name: held.tensor for name, held in run.targets.items()}
+    if run.loss is not None:
+        with contextlib.nullcontext() if not run.no_grad else torch.no_grad():
+            outputs = {"loss": run.loss.apply(outputs, targets, hosted.owner)}
+    outputs = {name: _sendable(name, tensor, hosted.owner) for name, tensor in outputs.items()}
+    return outputs, _lineage(hosted, run, outputs, witness)
+
+
+def _lineage(
+    hosted: HostedModel, run: Run, outputs: Mapping[str, torch.Tensor], witness: Witness
+) -> Lineage:
+    if not any(tensor.requires_grad for tensor in outputs.values()):
+        return PLAIN
+    found = merged(
+        held.lineage
+        for group in (run.inputs, run.parameters, run.targets)
+        for held in group.values()
+        if held.tensor.requires_grad
+    )
+    if hosted.stock:
+        return found
+    own = frozenset([hosted])
+    hooked = own if witness.hooks or hosted.hooked else frozenset()
+    return merged([found, Lineage(own, hooked, 0, run.fast)])
+
+
+def _sendable(name: str, tensor: torch.Tensor, owner: str) -> torch.Tensor:
+    """An output as a handle can stand for it. Raises Fault (MODEL_ERROR)."""
+    if tensor.layout is not torch.strided:
+        try:
+            tensor = tensor.to_dense()
+        except (RuntimeError, NotImplementedError) as error:
+            raise Fault(
+                Reason.MODEL_ERROR,
+                f"{owner} returned {name!r} in the layout {tensor.layout}, which cannot travel: {error}",
+            ) from error
+    if tensor.dtype not in WIRE:
+        raise Fault(Reason.MODEL_ERROR, f"{owner} returned {name!r} as {tensor.dtype}, which cannot travel")
+    return tensor
+
+
+def _kernels(hosted: HostedModel, run: Run, stage: Stage) -> contextlib.AbstractContextManager[object]:
+    """The kernels that have the derivatives that may be asked for."""
+    plain = not run.fast and not run.no_grad
+    uncompiled = hosted.compiled and stage.changes
+    if not (plain or hosted.without_cudnn or uncompiled):
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if hosted.without_cudnn:
+        stack.enter_context(without_cudnn())
+    if plain:
+        return plain_kernels() if not hosted.without_cudnn else _with(stack, plain_kernels())
+    if uncompiled:
+        stack.enter_context(compiled_code_as_written())
+    return stack
+
+
+def _with(stack: contextlib.ExitStack, context: contextlib.AbstractContextManager[object]) -> contextlib.ExitStack:
+    stack.enter_context(context)
+    return stack
+
+
+class _Watched:
+    """The session's tensors as a model gets to see them, and whether it leaves them as they were."""
+
+    def __init__(self, copies: bool) -> None:
+        self.copies = copies
+        self._lent: list[tuple[Held, torch.Tensor, int]] = []
+
+    def lend(self, held: Held) -> torch.Tensor:
+        tensor = held.tensor
+        if self.copies:
+            tensor = tensor.clone()
+        elif not tensor.requires_grad:
+            # A model may ask its input to require grad; that must not stick.
+            tensor = tensor.detach()
+        self._lent.append((held, tensor, tensor._version))
+        return tensor
+
+    def written(self) -> list[Held]:
+        return [held for held, tensor, version in self._lent if tensor._version != version]
+
+
+def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dict[str, torch.Tensor], Witness]:
+    inputs = _Watched(hosted.writes_inputs or run.train not in hosted.spared_inputs)
+    parameters = _Watched(hosted.writes_parameters)
+    natural = hosted.needs_natural and not run.no_grad
+    torch._C._set_grad_enabled(not run.no_grad)
+    arguments, keywords = hosted.binding.arrange({name: inputs.lend(held) for name, held in run.inputs.items()})
+    swaps = _swaps(hosted, run, parameters, natural)
+    stage = Stage(hosted, swaps, run.train)
+    witness = Witness()
+    watching = contextlib.nullcontext() if hosted.stock or run.no_grad else witness.watching()
+    randomness.restart()
+    try:
+        with _kernels(hosted, run, stage), stage.code() as code, watching:
+            result = code(*arguments, **keywords)
+    except Fault:
+        raise
+    except BaseException as error:
+        if not out_of_memory(error):
+            _explain(hosted, error, inputs, parameters, natural or run.no_grad)
+        _check_untouched(hosted, inputs, parameters)
+        raise
+    finally:
+        # Whatever the model left.
+        torch._C._set_grad_enabled(True)
+    _check_untouched(hosted, inputs, parameters)
+    if not hosted.writes_inputs:
+        hosted.spared_inputs.add(run.train)
+    stage.check()
+    return flatten(result, hosted.registration.outputs, hosted.owner), witness
+
+
+def _swaps(hosted: HostedModel, run: Run, given: _Watched, natural: bool) -> dict[str, torch.Tensor]:
+    """What stands for parameters: those given, and others where the hosted ones cannot be used as they are."""
+    swaps: dict[str, torch.Tensor] = {}
+    if hosted.writes_parameters or natural:
+        for name, own in hosted.parameters.items():
+            value = own.detach().clone() if hosted.writes_parameters else own.detach()
+            swaps[name] = torch.nn.Parameter(value, requires_grad=natural and hosted.natural[name])
+    for name, held in run.parameters.items():
+        tensor = given.lend(held)
+        hooks = hosted.parameters[name]._backward_hooks
+        if hooks and tensor.requires_grad:
+            # What the model's author hung on the parameter belongs to its gradient, whatever its value.
+            tensor = tensor.view_as(tensor)
+            for hook in hooks.values():
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        swaps[name] = tensor
+    return swaps
+
+
+def _check_untouched(hosted: HostedModel, inputs: _Watched, parameters: _Watched) -> None:
+    """Notes what a model wrote into. Raises Overwritten where that was the session's."""
+    lost: list[Held] = []
+    if written := inputs.written():
+        hosted.writes_inputs = True
+        lost += [] if inputs.copies else written
+    if written := parameters.written():
+        hosted.writes_parameters = True
+        lost += [] if parameters.copies else written
+    if lost:
+        raise Overwritten(
+            lost,
+            f"{hosted.owner} wrote into the tensors it was given: {listed(str(held.handle) for held in lost)} no "
+            "longer hold what they did; from now on it is given copies",
+        )
+
+
+def _explain(
+    hosted: HostedModel, error: BaseException, inputs: _Watched, parameters: _Watched, natural: bool
+) -> None:
+    """Raises what the model's exception means."""
+    text = text_of(error)
+    if isinstance(error, RuntimeError) and "leaf Variable that requires grad" in text:
+        if not inputs.copies:
+            _check_untouched(hosted, inputs, parameters)
+            hosted.writes_inputs = True
+            raise Again from error
+        if not parameters.copies:
+            hosted.writes_parameters = True
+            raise Again from error
+    _check_untouched(hosted, inputs, parameters)
+    if isinstance(error, RuntimeError) and "does not require grad" in text and not natural:
+        hosted.needs_natural = True
+        raise Again from error
+    if isinstance(error, RuntimeError) and "is not differentiable with respect to" in text:
+        raise Fault(Reason.NOT_DIFFERENTIABLE, f"{hosted.owner} cannot be differentiated: {text}") from error
+    raise model_error(hosted.owner, error) from error
+
+
+def as_handles(names: Sequence[str], handles: Sequence[int]) -> list[int]:
+    """The handles of outputs: those that were given, and then the numbers that follow."""
+    if not handles:
+        return []
+    return [handles[i] if i < len(handles) else handles[-1] + 1 + i - len(handles) for i in range(len(names))]

@@ -1,0 +1,213 @@
+"""What a session holds: its tensors by handle, what is known of the graphs behind them, and which handles failed."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pullback_server import ops
+from pullback_server.engine._dtypes import describe, differentiable
+from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.retained import Ledger
+from pullback_server.faults import Fault
+from pullback_wire import Reason
+
+#: Most handles of one session, the failed ones included.
+MOST_HANDLES = 1_000_000
+#: A call may make more outputs than it has handles; so many numbers behind the last one are taken for such outputs.
+_ROOM = 65_536
+
+_NO_MODELS: frozenset[HostedModel] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What made the graph behind a tensor, as far as it is not made of torch's own operations for sure.
+
+    models: hosted models whose code may have put code of its own into the graph.
+    hooked: those of them that registered hooks on tensors.
+    order: how many gradients were taken of gradients on the way, at most; 0: none.
+    fast: whether a model ran with kernels that have no derivatives of higher order.
+    """
+
+    models: frozenset[HostedModel] = _NO_MODELS
+    hooked: frozenset[HostedModel] = _NO_MODELS
+    order: int = 0
+    fast: bool = False
+
+
+#: Nothing but torch's own operations.
+PLAIN = Lineage()
+
+
+def merged(lineages: Iterable[Lineage]) -> Lineage:
+    found = PLAIN
+    for lineage in lineages:
+        if lineage is found or lineage is PLAIN:
+            continue
+        if found is PLAIN:
+            found = lineage
+            continue
+        found = Lineage(
+            found.models | lineage.models,
+            found.hooked | lineage.hooked,
+            max(found.order, lineage.order),
+            found.fast or lineage.fast,
+        )
+    return found
+
+
+@dataclass(slots=True)
+class Held:
+    """A tensor of the session. handle 0: it came with the op and is not stored."""
+
+    tensor: torch.Tensor
+    lineage: Lineage = PLAIN
+    handle: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why an op failed. Nothing but words: an exception would hold on to graphs."""
+
+    number: int
+    kind: str
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"op {self.number} ({self.kind}) failed: {self.reason}: {self.message}"
+
+
+class Dependency(Exception):
+    """An op used a handle that an earlier op failed to make."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Handles:
+    """The handles of a session."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.held: dict[int, Held] = {}
+        self._failed: dict[int, Cause] = {}
+        #: The last handles of failed calls, in order.
+        self._last: list[int] = []
+        self._ledger = ledger
+
+    def release(self, handles: Iterable[int]) -> None:
+        """Forgets handles; unknown ones are passed over."""
+        for handle in handles:
+            if self.held.pop(handle, None) is not None:
+                self._ledger.dropped(1)
+            elif self._failed.pop(handle, None) is not None:
+                at = bisect.bisect_left(self._last, handle)
+                if at < len(self._last) and self._last[at] == handle:
+                    del self._last[at]
+
+    def __getitem__(self, handle: int) -> Held:
+        held = self.held.get(handle)
+        if held is not None:
+            return held
+        raise self._missing(handle)
+
+    def _missing(self, handle: int) -> Exception:
+        cause = self._failed.get(handle)
+        if cause is None and self._last:
+            at = bisect.bisect_left(self._last, handle) - 1
+            if at >= 0 and handle - self._last[at] <= _ROOM:
+                cause = self._failed.get(self._last[at])
+        if cause is not None:
+            return Dependency(cause)
+        return Fault(Reason.BAD_HANDLE, f"the session has no handle {handle}", "handle")
+
+    def check_free(self, handles: Sequence[int]) -> None:
+        """Whether new tensors can have these handles. Raises Fault."""
+        if not handles:
+            return
+        if len(self.held) + len(self._failed) + len(handles) > MOST_HANDLES:
+            raise Fault(
+                Reason.SESSION_BUDGET,
+                f"the session has {len(self.held)} handles and {len(self._failed)} failed ones, at most "
+                f"{MOST_HANDLES} are allowed; release what is no longer needed",
+                "handles",
+            )
+        for handle in handles:
+            if handle <= 0:
+                raise Fault(Reason.BAD_HANDLE, f"{handle} is no handle; they are numbers from 1", "handles")
+            if handle in self.held or handle in self._failed:
+                raise Fault(
+                    Reason.BAD_HANDLE,
+                    f"the handle {handle} is in use already; each number is assigned once, or after its release",
+                    "handles",
+                )
+        if len(set(handles)) != len(handles):
+            raise Fault(Reason.BAD_HANDLE, "a handle is given to two tensors of one op", "handles")
+
+    def store(self, handle: int, held: Held) -> None:
+        held.handle = handle
+        self.held[handle] = held
+        self._ledger.note(held.tensor)
+
+    def fail(self, handles: Sequence[int], cause: Cause, open_ended: bool) -> None:
+        """Marks the handles that a failed op should have made; those in use stay as they are.
+
+        open_ended: whether the numbers behind the last may have been meant as well.
+        """
+        for handle in handles:
+            if handle > 0 and handle not in self.held and handle not in self._failed:
+                if len(self.held) + len(self._failed) >= MOST_HANDLES:
+                    break
+                self._failed[handle] = cause
+                if open_ended and handle == handles[-1]:
+                    bisect.insort(self._last, handle)
+
+    def spoil(self, held: Held, cause: Cause) -> None:
+        """Marks a handle whose tensor is no longer what it was."""
+        if self.held.pop(held.handle, None) is not None:
+            self._ledger.dropped(1)
+            self._failed[held.handle] = cause
+
+    def clear(self) -> None:
+        self.held.clear()
+        self._failed.clear()
+        self._last.clear()
+
+
+class Operands:
+    """Where an op's arguments come from: the session's handles and the op's own tensors."""
+
+    def __init__(self, handles: Handles, tensors: Sequence[torch.Tensor]) -> None:
+        self.handles = handles
+        self._tensors = tensors
+
+    def leaf(self, operand: ops.Operand, field: str) -> Held:
+        """A tensor that came with the op. Raises Fault."""
+        ref = operand.value
+        if ref is None:
+            raise Fault(Reason.BAD_HANDLE, f"{field} has neither a handle nor a value", field)
+        tensor = self._tensors[ref.payload]
+        if operand.requires_grad and operand.keep:
+            if not differentiable(tensor.dtype):
+                raise Fault(
+                    Reason.NOT_DIFFERENTIABLE,
+                    f"{field} is {describe(tensor)}; only floating-point and complex tensors can require grad",
+                    field,
+                )
+            # Of its own, as nothing else that looks at the same memory should require grad.
+            tensor = tensor.detach().requires_grad_()
+        return Held(tensor, PLAIN)
+
+    def take(self, operand: ops.Operand, field: str) -> Held:
+        """What an operand stands for. Raises Fault, Dependency."""
+        if operand.handle:
+            return self.handles[operand.handle]
+        if operand.keep:
+            # It was stored before the op.
+            return self.handles[operand.keep]
+        return self.leaf(operand, field)
