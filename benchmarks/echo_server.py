@@ -1,6 +1,7 @@
 """The floor: a bare grpc.aio server in a process of its own, raw bytes in, bytes of a given length out.
 
-A path "/echo/N" answers with N bytes; "/echo/same" with what came. Prints its port.
+A path "/echo/N" answers with N bytes; "/echo/same" with what came; "/stream/N" is a stream that answers each message
+with N bytes, "/stream/same" with what came. Prints its port.
 """
 
 import asyncio
@@ -17,7 +18,16 @@ class Echo(grpc.GenericRpcHandler):
         self.answers: dict[int, bytes] = {}
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        length = details.method.rpartition("/")[2]
+        kind, _, length = details.method.rpartition("/")
+        if kind == "/stream":
+            size = -1 if length == "same" else int(length)
+
+            async def each(_: object, context: grpc.aio.ServicerContext) -> None:
+                fixed_answer = bytes(max(size, 0))
+                while (data := await context.read()) is not grpc.aio.EOF:
+                    await context.write(data if size < 0 else fixed_answer)
+
+            return grpc.stream_stream_rpc_method_handler(each)
         if length == "same":
 
             async def same(data: bytes, context: grpc.aio.ServicerContext) -> bytes:

@@ -13,7 +13,8 @@ from pullback._current import session_now
 from pullback._frames import Keep, Operand
 from pullback._grad_mode import is_grad_enabled
 from pullback._lineage import VIEWS, Kin, Leaves, Ref, merged
-from pullback._session import Callee, Session
+from pullback._loss import Loss
+from pullback._session import BLOCK, Callee, Session, current
 from pullback._tensor import Tensor
 from pullback._transport import Transport
 
@@ -66,8 +67,6 @@ def choose_session(
 
 
 def _around(transport: Transport | None) -> Session | None:
-    from pullback._session import current
-
     around = current.get()
     if around is not None and transport is not None and around.transport.address != transport.address:
         return None
@@ -103,7 +102,7 @@ class Arguments:
         self._refs[id(value)] = (value, ref)
         if value.may_require_grad:
             self.requires_grad = True
-            self._groups.append({ref: value} if value.is_leaf else value.leaves)
+            self._groups.append({ref: value} if value.is_known_leaf else value.leaves)
         return operand
 
     def handle(self, tensor: Tensor) -> int:
@@ -151,7 +150,7 @@ def run(
     Raises PullbackError.
     """
     recording = is_grad_enabled()
-    first = session.new_handle(65536 if outputs is None or not isinstance(callee, str) else 1)
+    first = session.new_handle(BLOCK if outputs is None or not isinstance(callee, str | Loss) else 1)
     pending = session.call(
         callee,
         inputs,
@@ -173,19 +172,23 @@ def run(
         infos = session.settle(pending)
     except errors.PullbackError:
         arguments.failed()
+        session.release(first)
         raise
     return [Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, kin or Kin()) for info in infos]
 
 
 def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
     """An operation that changes `target`. Raises PullbackError."""
-    tensors = [target, *(one for one in others.values() if isinstance(one, Tensor))]
-    session = choose_session(tensors)
+    session = target.bound_session
+    if session is None or not session.usable:
+        session = choose_session([target, *(one for one in others.values() if isinstance(one, Tensor))])
     arguments = Arguments(session)
     inputs = {"input": arguments.operand(target, "input")}
     rest = Arguments(session)
     rest._refs.update(arguments._refs)
-    inputs.update({key: rest.operand(one, key, target.dtype) for key, one in others.items()})
+    for key, one in others.items():
+        bare = not isinstance(one, Tensor) and not hasattr(one, "dtype")
+        inputs[key] = rest.operand(one, key, target.dtype if bare else None)
     recording = is_grad_enabled()
     pending = session.call(
         name, inputs, options=options, handles=(), no_grad=not recording, changes=name != "requires_grad_"

@@ -51,7 +51,8 @@ def session_now(transport: Transport | None = None, model: tuple[str, str] | Non
         if len({one.address for one in clients}) != 1:
             held = "no client is connected" if not clients else f"{len(clients)} clients are connected"
             raise RuntimeError(
-                f"which session is this for? {held}; use `with client.session():`, or make tensors by client.tensor(...)"
+                f"which session is this for? {held}; use `with client.session():`, or make tensors by "
+                "client.tensor(...)"
             )
         transport = next((one for one in clients if _found(one)), clients[0])
     return default_session(transport, model)

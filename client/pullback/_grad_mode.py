@@ -35,7 +35,7 @@ class _GradMode(ContextDecorator):
         _enabled.reset(self._tokens.pop())
 
 
-class no_grad(_GradMode):  # noqa: N801
+class no_grad(_GradMode):
     """Ops inside record no graph, as torch.no_grad(). A context manager and a decorator; of this thread alone.
 
     with pb.no_grad():
@@ -45,5 +45,5 @@ class no_grad(_GradMode):  # noqa: N801
     _mode = False
 
 
-class enable_grad(_GradMode):  # noqa: N801
+class enable_grad(_GradMode):
     """Ops inside record graphs though a `no_grad` is around, as torch.enable_grad()."""

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 #: Operations that may return their input's own memory.
 VIEWS = frozenset(
-    "detach reshape expand permute transpose flatten squeeze unsqueeze index real imag conj to".split()
+    {
+        *("detach", "reshape", "expand", "permute", "transpose", "flatten", "squeeze", "unsqueeze", "index"),
+        *("real", "imag", "conj", "to"),
+    }
 )
 
 

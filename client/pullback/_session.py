@@ -215,8 +215,8 @@ class Session:
     ) -> Pending:
         """Runs a function and keeps its graph.
 
-        callee: a Function of a hosted model (with or without a loss), a `pullback.Loss` (its options go along; its tensors go
-            in `targets`), or the name of a tensor operation.
+        callee: a Function of a hosted model (with or without a loss), a `pullback.Loss` (its options go along, its
+            tensors go in `targets`), or the name of a tensor operation.
         inputs, targets, parameters: arguments by name: handles, arrays, or arrays that are kept.
         options: of a tensor operation, as JSON takes them; see pullback_wire.operations.
         train, seed: for a model: run as after module.train(); of the random numbers, one being drawn in train mode.

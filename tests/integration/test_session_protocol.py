@@ -14,12 +14,12 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from tests.session_wire import OpFailed, Wire
 
 import pullback as pb_client
 from pullback_server import Server, model
 from pullback_wire import Reason, TensorWriter
 from pullback_wire.v1 import gradient_service_pb2, session_service_pb2
-from tests.session_wire import OpFailed, Wire
 
 MIB = 1 << 20
 
@@ -106,7 +106,7 @@ def test_a_failed_op_ends_quickly_all_that_depend_on_it_and_nothing_else(wire: W
     for _ in range(300):
         op, handle = wire.call_op("add", {"input": handle, "other": handle})
         chain.append(op)
-    last, y = wire.call_op("model:cube", {"x": good}, fetch_below=100)
+    last, _y = wire.call_op("model:cube", {"x": good}, fetch_below=100)
     began = time.monotonic()
     with refused(Reason.MODEL_NOT_FOUND, "nothing"):
         wire.wait(bad)
@@ -128,7 +128,7 @@ def test_sessions_cannot_reach_each_others_handles(server: Server) -> None:
         for guess in (mine, 1, 2, mine + 1, 2**62):
             with refused(Reason.BAD_HANDLE):
                 other.get(guess)
-        op, same = other.put(np.zeros(2), handle=mine)
+        op, _same = other.put(np.zeros(2), handle=mine)
         other.wait(op)
         np.testing.assert_array_equal(one.get(mine)[0], np.arange(4.0))
 
@@ -173,7 +173,7 @@ def test_chunks_both_ways_and_what_is_half_sent(server: Server) -> None:
         np.testing.assert_array_equal(wire.get(put.handles[0])[0], array)
         # Half of one: the op says how much came; the rest of the session goes on.
         transfer = wire.upload(array, end=2 * MIB)
-        tensor.transfer = transfer
+        put.tensors[0].transfer = transfer
         put.handles[0] = wire.new()
         with refused(Reason.BAD_TENSOR, f"{2 * MIB} of {array.nbytes} bytes"):
             wire.wait(wire.send(session_service_pb2.SessionRequest(put=put)))
@@ -239,7 +239,7 @@ def test_a_busy_session_takes_turns_with_everybody_else(server: Server) -> None:
         began = time.monotonic()
         np.testing.assert_array_equal(client.model("cube").evaluate(np.full(2, 2.0)), np.full(2, 8.0))
         first = time.monotonic() - began
-        op, y = other.put(np.ones(3))
+        op, _y = other.put(np.ones(3))
         other.wait(op)
         second = time.monotonic() - began
         # Three seconds of work are queued; each of these waited for two or three ops of it.
@@ -369,7 +369,7 @@ def test_a_killed_worker_ends_its_sessions_at_once_and_new_ones_work(server: Ser
 def test_shutting_down_tells_sessions_and_gives_them_time() -> None:
     server = Server(cube, devices="cpu", threads=1).start()
     with Wire(server.target) as wire:
-        op, x = wire.put(np.ones(2))
+        op, _x = wire.put(np.ones(2))
         wire.wait(op)
         stopping = threading.Thread(target=server.stop, args=(30.0,))
         began = time.monotonic()

@@ -12,7 +12,7 @@ from pullback_server.faults import Fault, listed
 from pullback_wire import Reason
 
 #: Parts of messages with which torch says that a derivative does not exist.
-_NO_FORMULA = (
+NO_FORMULA = (
     "derivative for ",
     "the derivative for",
     "is not implemented",
@@ -56,7 +56,7 @@ def explain(call: Call, error: BaseException, order: int) -> Exception:
     if _CUDNN in text and not hosted.without_cudnn:
         hosted.without_cudnn = True
         return call.rerun()
-    if isinstance(error, RuntimeError) and any(part in text for part in _NO_FORMULA):
+    if isinstance(error, RuntimeError) and any(part in text for part in NO_FORMULA):
         if order == 1:
             return Fault(Reason.NOT_DIFFERENTIABLE, f"{hosted.owner} cannot be differentiated: {text}")
         return Fault(

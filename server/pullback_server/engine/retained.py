@@ -131,6 +131,11 @@ class Ledger:
         """That so many tensors or graphs may have gone."""
         self._changes += count
 
+    @property
+    def bound(self) -> int:
+        """At least the bytes held."""
+        return self._total
+
     def settle(self) -> int:
         """Looks which storages are gone; the bytes of those that are not."""
         gone = [key for key in self._bytes if _expired(key)]

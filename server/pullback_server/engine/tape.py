@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,23 +80,31 @@ class Tape:
         try:
             with Ambience():
                 result = self._run(job, tensors)
-        except Fault as fault:
-            self._failed(job, Cause(job.number, _kind(job.op), fault.reason.value, fault.message))
-            raise
-        except Dependency as dependency:
-            self._failed(job, dependency.cause)
-            fault = Fault(Reason.DEPENDENCY_FAILED, str(dependency.cause))
         except BaseException as error:
-            fault = self._explained(error)
-            self._failed(job, Cause(job.number, _kind(job.op), fault.reason.value, fault.message))
-            if fault.reason is not Reason.OUT_OF_MEMORY:
-                raise fault from error
+            # What the op had come to must be gone before it is told what the session holds.
+            _clear_frames(error)
+            fault = self._failed(job, error)
+            if fault.reason in (Reason.INTERNAL, Reason.MODEL_ERROR):
+                raise fault from (error.__cause__ if fault is error else error)
         else:
             result.outcome.timings["tape"] = time.perf_counter() - begin
             return result
         if fault.reason is Reason.OUT_OF_MEMORY and self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise fault
+        raise fault.with_traceback(None) from None
+
+    def _failed(self, job: ops.SessionJob, error: BaseException) -> Fault:
+        """Marks what a failed op should have made; what to tell of it."""
+        if isinstance(error, Dependency):
+            cause = error.cause
+            fault = Fault(Reason.DEPENDENCY_FAILED, str(cause))
+        else:
+            fault = error if isinstance(error, Fault) else self._explained(error)
+            cause = Cause(job.number, type(job.op).__name__.lower(), fault.reason.value, fault.message)
+        self._handles.fail(_makes(job.op), cause, isinstance(job.op, ops.Call))
+        self._ledger.dropped(1)
+        self._retained = self._ledger.total()
+        return fault
 
     def _explained(self, error: BaseException) -> Fault:
         if out_of_memory(error):
@@ -103,11 +112,6 @@ class Tape:
         if isinstance(error, Exception):
             return Fault(Reason.INTERNAL, f"{type(error).__name__}: {text_of(error)}")
         return model_error("the code of a model", error)
-
-    def _failed(self, job: ops.SessionJob, cause: Cause) -> None:
-        self._handles.fail(_makes(job.op), cause, isinstance(job.op, ops.Call))
-        self._ledger.dropped(1)
-        self._retained = self._ledger.total()
 
     def _run(self, job: ops.SessionJob, tensors: Sequence[torch.Tensor]) -> TapeResult:
         op = job.op
@@ -119,7 +123,7 @@ class Tape:
         match op:
             case ops.Call():
                 self._handles.check_free(op.handles)
-                made = self._caller.call(op, operands)
+                made = self._caller.call(op, operands, job.number, self._room())
                 fetch, fetch_below = op.fetch, op.fetch_below
             case ops.Grad():
                 self._handles.check_free(op.handles)
@@ -165,7 +169,7 @@ class Tape:
 
     def _room(self) -> int:
         """How many bytes more the session may hold."""
-        return self._budget - self._ledger.total()
+        return self._budget - self._ledger.bound
 
     def _afford(self, made: Made) -> None:
         """Notes what an op made. Raises Fault (SESSION_BUDGET)."""
@@ -204,7 +208,7 @@ class Tape:
             tensor = held.tensor
             number, shape, ref = WIRE[tensor.dtype], tuple(tensor.shape), None
             fetched = handle in wanted
-            if not fetched and 0 < fetch_below and (size := tensor.nbytes) <= fetch_below and total + size <= limit:
+            if not fetched and fetch_below > 0 and (size := tensor.nbytes) <= fetch_below and total + size <= limit:
                 fetched, total = True, total + size
             if fetched:
                 ref = TensorRef(name, number, shape, len(values))
@@ -213,8 +217,16 @@ class Tape:
         return TapeResult(ops.SessionOutcome(records, 0, 0, {}), values)
 
 
-def _kind(op: ops.Op) -> str:
-    return type(op).__name__.lower()
+def _clear_frames(error: BaseException) -> None:
+    """Lets go of what the frames hold that an exception came through; their lines stay, for the log."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            waiting += [found.__cause__, found.__context__]
 
 
 def _kept(op: ops.Op) -> Iterator[tuple[ops.Operand, str]]:

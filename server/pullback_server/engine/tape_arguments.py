@@ -35,9 +35,7 @@ def model_inputs(hosted: HostedModel, operands: Sequence[ops.Operand], source: O
             raise Fault(
                 Reason.BAD_NAME, f"{hosted.owner} takes {len(names)} inputs, {len(operands)} are given", "inputs"
             )
-        inputs = {
-            name: source.take(operand, f"inputs[{name}]") for name, operand in zip(names, operands, strict=False)
-        }
+        inputs = {name: source.take(operand, f"inputs[{name}]") for name, operand in zip(names, operands, strict=False)}
     else:
         inputs = by_name(operands, "inputs", source)
     hosted.binding.check(inputs)

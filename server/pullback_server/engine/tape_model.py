@@ -74,9 +74,7 @@ def run_model(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], L
     return outputs, _lineage(hosted, run, outputs, witness)
 
 
-def _lineage(
-    hosted: HostedModel, run: Run, outputs: Mapping[str, torch.Tensor], witness: Witness
-) -> Lineage:
+def _lineage(hosted: HostedModel, run: Run, outputs: Mapping[str, torch.Tensor], witness: Witness) -> Lineage:
     if not any(tensor.requires_grad for tensor in outputs.values()):
         return PLAIN
     found = merged(
@@ -216,9 +214,7 @@ def _check_untouched(hosted: HostedModel, inputs: _Watched, parameters: _Watched
         )
 
 
-def _explain(
-    hosted: HostedModel, error: BaseException, inputs: _Watched, parameters: _Watched, natural: bool
-) -> None:
+def _explain(hosted: HostedModel, error: BaseException, inputs: _Watched, parameters: _Watched, natural: bool) -> None:
     """Raises what the model's exception means."""
     text = text_of(error)
     if isinstance(error, RuntimeError) and "leaf Variable that requires grad" in text:

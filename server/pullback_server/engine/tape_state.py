@@ -98,6 +98,8 @@ class Handles:
         self._failed: dict[int, Cause] = {}
         #: The last handles of failed calls, in order.
         self._last: list[int] = []
+        #: What hooks that models put on the session's own tensors bring into every graph.
+        self.planted = PLAIN
         self._ledger = ledger
 
     def release(self, handles: Iterable[int]) -> None:
@@ -167,11 +169,20 @@ class Handles:
                 if open_ended and handle == handles[-1]:
                     bisect.insort(self._last, handle)
 
-    def spoil(self, held: Held, cause: Cause) -> None:
-        """Marks a handle whose tensor is no longer what it was."""
-        if self.held.pop(held.handle, None) is not None:
-            self._ledger.dropped(1)
-            self._failed[held.handle] = cause
+    def spoil(self, helds: list[Held], cause: Cause) -> None:
+        """Marks handles whose tensors are no longer what they were, and those that share their memory."""
+        storages = {held.tensor.untyped_storage()._cdata for held in helds}
+        helds.clear()
+        lost = [handle for handle, held in self.held.items() if held.tensor.untyped_storage()._cdata in storages]
+        for handle in lost:
+            del self.held[handle]
+            self._failed[handle] = cause
+        self._ledger.dropped(len(lost))
+
+    def plant(self, lineage: Lineage, inputs: Iterable[Held]) -> None:
+        """After a call: whether its model put hooks on tensors of the session, where other graphs meet them."""
+        if lineage.hooked and any(held.tensor._backward_hooks for held in inputs):
+            self.planted = merged([self.planted, Lineage(lineage.hooked, lineage.hooked)])
 
     def clear(self) -> None:
         self.held.clear()

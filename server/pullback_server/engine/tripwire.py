@@ -10,7 +10,7 @@ gradient that such a node returns must require grad as well; and, for order two,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,9 @@ _COMPILED = "CompiledFunction"
 HOOK = "a hook"
 
 
-def nodes(roots: Iterable[torch.Tensor | None]) -> Iterator[Any]:
-    """Every node of the graphs behind some tensors."""
-    seen: set[Any] = set()
+def nodes(roots: Iterable[torch.Tensor | None], known: Collection[Any] = ()) -> Iterator[Any]:
+    """Every node of the graphs behind some tensors, but for those that are known, and what is behind those alone."""
+    seen: set[Any] = set(known)
     stack: list[Any] = [tensor.grad_fn for tensor in roots if tensor is not None and tensor.grad_fn is not None]
     while stack:
         node = stack.pop()
@@ -70,6 +70,10 @@ def is_error(node: Any) -> bool:
     return type(node).__name__ in _ERRORS or node.name().rpartition("::")[2] in _ERRORS
 
 
+def is_compiled(node: Any) -> bool:
+    return _COMPILED in type(node).__name__
+
+
 def key_of(node: Any) -> Any:
     """What foreign nodes of one kind have in common."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -86,6 +90,30 @@ def title(node: Any) -> str:
     if forward is not None:
         return f"autograd.Function {forward.__qualname__}"
     return str(node.name())
+
+
+def watcher(name: str, proven: bool, tripped: list[str]) -> Callable[..., None]:
+    """A hook for a foreign node, which notes in `tripped` when the node drops a part of the graph.
+
+    It knows nothing but the node's name: a closure over the node would be a cycle that holds the graph.
+    """
+
+    def look(gradients: Sequence[torch.Tensor | None], incoming: Sequence[torch.Tensor | None]) -> None:
+        if not any(gradient is not None and gradient.requires_grad for gradient in incoming):
+            return
+        for gradient in gradients:
+            if gradient is None:
+                continue
+            if not gradient.requires_grad:
+                # A gradient that is constantly zero is right, where a probe found it so.
+                if not (proven and not bool(gradient.count_nonzero())):
+                    tripped.append(
+                        f"the backward of {name} returns a gradient that does not depend on the one it was given"
+                    )
+            elif gradient.grad_fn is not None and is_error(gradient.grad_fn):
+                tripped.append(f"the backward of {name} is once_differentiable")
+
+    return look
 
 
 class Tripwire:
@@ -127,7 +155,7 @@ class Tripwire:
         return not self.foreign and not self.hooks
 
     def _admit(self, node: Any) -> None:
-        if _COMPILED in type(node).__name__:
+        if is_compiled(node):
             raise self._fault(
                 f"its graph holds {title(node)}, a backward compiled by torch.compile, which has no derivative"
             )
@@ -162,25 +190,7 @@ class Tripwire:
             raise self._fault(self._tripped[0])
 
     def _watch(self, node: Any) -> Any:
-        # Nothing but names is kept: a closure over the node would be a cycle that holds the graph.
-        name, proven = title(node), self._hosted.probing or key_of(node) in self._hosted.proven
-
-        def look(gradients: Sequence[torch.Tensor | None], incoming: Sequence[torch.Tensor | None]) -> None:
-            if not any(gradient is not None and gradient.requires_grad for gradient in incoming):
-                return
-            for gradient in gradients:
-                if gradient is None:
-                    continue
-                if not gradient.requires_grad:
-                    # A gradient that is constantly zero is right, where a probe found it so.
-                    if not (proven and not bool(gradient.count_nonzero())):
-                        self._tripped.append(
-                            f"the backward of {name} returns a gradient that does not depend on the one it was given"
-                        )
-                elif gradient.grad_fn is not None and is_error(gradient.grad_fn):
-                    self._tripped.append(f"the backward of {name} is once_differentiable")
-
-        return look
+        return watcher(title(node), self._hosted.probing or key_of(node) in self._hosted.proven, self._tripped)
 
     def check_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """After the first backward: what its own graph is made of. Raises Fault (ORDER_UNAVAILABLE)."""

@@ -106,6 +106,9 @@ def model(
 
     Raises ValueError or TypeError for arguments that cannot be.
     """
+    if not isinstance(name, str):
+        # Without parentheses, nothing would be registered, and nobody told.
+        raise TypeError('@model needs the model\'s name: @model("name")')
 
     def register(target: F) -> F:
         text = description if description is not None else (getattr(target, "__doc__", None) or "").strip()

@@ -8,23 +8,19 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from pullback_server import ops
 from pullback_server.faults import Fault
-from pullback_server.fleet.seam import Reply, Upload, WorkerLost
-from pullback_server.job import FaultRecord, Job
-from pullback_server.rpc import status
-from pullback_server.rpc.answer import response, tensors_of
-from pullback_server.rpc.ops import OpTranslator, handles_of, result_of, tensors_in
-from pullback_server.rpc.request import wire_path
+from pullback_server.rpc.answers import AnswerWriter
+from pullback_server.rpc.ops import OpTranslator
+from pullback_server.rpc.sending import Op, Sender
 from pullback_server.rpc.transfers import LARGEST_CHUNK, WINDOW, Inbox, Outbox, ProtocolBreach
-from pullback_server.scheduling import OnItsWay, Pinned, Scheduler
+from pullback_server.scheduling import Pinned, Scheduler
 from pullback_server.telemetry import Metrics
-from pullback_wire import Reason, WireError, decode, encode
+from pullback_wire import Reason, decode
 from pullback_wire.v1 import session_service_pb2 as pb
 
 #: Ops in flight, and bytes of the tensors in their frames; what comes on top is refused, for reading never waits.
@@ -32,10 +28,6 @@ MAX_OPS = 4096
 MAX_OP_BYTES = 512 << 20
 #: Bytes of answers that may wait to be written before no more ops are sent to the worker.
 _MAX_UNWRITTEN = 64 << 20
-#: Values that stay in an answer's own message, in all.
-_ANSWER_ROOM = 16 << 20
-#: Messages of more bytes are joined off the event loop.
-_JOIN_ASIDE = 1 << 20
 #: Seconds without an op after which a session ends early when the server is shutting down.
 _QUIET = 2.0
 
@@ -56,22 +48,6 @@ class SessionOptions:
     max_call_seconds: float
 
 
-@dataclass(eq=False)
-class _Op:
-    """An op from its arrival until its answer is written. kind: "put", "call", ...; bytes: of its payloads."""
-
-    number: int
-    kind: str
-    frame: pb.SessionRequest
-    payloads: Sequence[memoryview]
-    bytes: int
-    refused: Fault | None
-    arrived: float = field(default_factory=time.monotonic)
-    job: Job | None = None
-    answer: asyncio.Task[Reply] | None = None
-    fault: Fault | None = None
-
-
 class Stream:
     """Reads, sends and writes, each in a task of its own, so that none of them waits for another."""
 
@@ -89,26 +65,24 @@ class Stream:
         self._context = context
         self._pinned = pinned
         self._options = options
-        self._translator = translator
         self._metrics = metrics
-        self._executor = executor
         #: Bytes that the session may hold.
         self.budget = options.budget_bytes or pinned.worker.memory // 4
         self._inbox = Inbox(pinned.seat, scheduler, self.budget)
         self._outbox = Outbox(self._write, opening.chunk_threshold or LARGEST_CHUNK, opening.credit_bytes)
-        self._max_result_bytes = 2**62 if self._outbox.chunks else options.max_message_bytes
+        most = options.max_message_bytes
+        self._writer = AnswerWriter(self._write, self._outbox, executor, most)
+        results = 2**62 if self._outbox.chunks else most
+        self._sender = Sender(pinned, self._inbox, translator, self.budget, results, options.max_call_seconds)
         self._writing = asyncio.Lock()
         #: Read and not sent; sent and not written.
-        self._ops: deque[_Op] = deque()
-        self._answers: deque[_Op] = deque()
+        self._ops: deque[Op] = deque()
+        self._answers: deque[Op] = deque()
         self._op_came = asyncio.Event()
         self._answer_came = asyncio.Event()
         self._written = asyncio.Event()
-        #: Places at the worker that are held.
-        self._ways: set[OnItsWay] = set()
         self._ended = self._sent_all = False
         self._op_bytes = 0
-        self._unwritten = 0
         self._latest = 0
         self._to_grant = 0
         self._nudge = asyncio.Event()
@@ -140,8 +114,7 @@ class Stream:
             for op in self._answers:
                 if op.answer is not None:
                     op.answer.cancel()
-            for way in self._ways:
-                way.give_up()
+            self._sender.give_up()
             await asyncio.gather(*tasks, lost, return_exceptions=True)
             self._inbox.close()
 
@@ -203,7 +176,7 @@ class Stream:
             )
             payloads, size = (), 0
         self._op_bytes += size
-        self._ops.append(_Op(frame.op, kind, frame, payloads, size, refused))
+        self._ops.append(Op(frame.op, kind, frame, payloads, size, refused))
         self._op_came.set()
 
     # Sending to the worker, op after op.
@@ -217,102 +190,17 @@ class Stream:
                     return
                 self._op_came.clear()
                 await self._op_came.wait()
-            while self._unwritten > _MAX_UNWRITTEN:
+            while self._sender.unwritten > _MAX_UNWRITTEN:
                 self._written.clear()
                 await self._written.wait()
             op = self._ops.popleft()
             try:
-                await self._send(op)
+                await self._sender.send(op)
             finally:
                 self._op_bytes -= op.bytes
                 op.payloads = ()
             self._answers.append(op)
             self._answer_came.set()
-
-    async def _send(self, op: _Op) -> None:
-        frame = op.frame
-        uploads: list[Upload] = []
-        job: Job | ops.SessionJob
-        try:
-            if op.refused is not None:
-                raise op.refused
-            payloads = self._with_uploads(frame, op.payloads, uploads)
-            if op.kind == "stateless":
-                job = op.job = self._translator.stateless(frame, payloads, self._max_result_bytes)
-            else:
-                job = self._job(op, self._translator.op(frame, payloads))
-        except (Fault, WireError) as error:
-            for upload in uploads:
-                upload.drop()
-            await self._refuse(op, error if isinstance(error, Fault) else status.as_fault(error))
-            return
-        deadline = time.monotonic() + self._options.max_call_seconds
-        try:
-            way = await self._pinned.post(job, op.payloads, deadline, uploads)
-        except Fault as fault:
-            for upload in uploads:
-                upload.drop()
-            await self._refuse(op, fault)
-            return
-        except WorkerLost:
-            # `_lost` is about to tell.
-            await asyncio.Event().wait()
-            raise
-        self._expect(op, way)
-
-    def _expect(self, op: _Op, way: OnItsWay) -> None:
-        self._ways.add(way)
-        op.answer = asyncio.create_task(self._reply(way))
-
-    def _job(self, op: _Op, what: ops.Op) -> ops.SessionJob:
-        return ops.SessionJob(
-            session=self._pinned.seat.session,
-            number=op.number,
-            release=list(op.frame.release),
-            op=what,
-            budget=self.budget,
-            max_result_bytes=self._max_result_bytes,
-        )
-
-    async def _refuse(self, op: _Op, fault: Fault) -> None:
-        """Answers an op that cannot be sent, and has the worker know, where other ops may depend on it."""
-        op.fault = fault
-        handles = [handle for handle in handles_of(op.frame) if 0 < handle < 2**63]
-        if not handles and not op.frame.release:
-            return
-        record = FaultRecord(fault.reason.value, fault.message, fault.field, fault.retry_after)
-        deadline = time.monotonic() + self._options.max_call_seconds
-        try:
-            way = await self._pinned.post(self._job(op, ops.Broken(handles, record)), (), deadline)
-        except WorkerLost:
-            await asyncio.Event().wait()
-            raise
-        except Fault as another:
-            # Ops that depend on this one would not learn of it.
-            raise Fault(Reason.SESSION_LOST, f"the session cannot go on: {another.message}") from another
-        self._expect(op, way)
-
-    def _with_uploads(
-        self, frame: pb.SessionRequest, payloads: Sequence[memoryview], uploads: list[Upload]
-    ) -> Sequence[memoryview]:
-        """The op's payloads and, after them, the transfers that it refers to, which are added to `uploads`."""
-        found = list(payloads)
-        for tensor in tensors_in(frame):
-            if tensor.transfer:
-                upload = self._inbox.claim(tensor)
-                uploads.append(upload)
-                tensor.payload = len(found)
-                tensor.transfer = 0
-                found.append(upload.view)
-        return found
-
-    async def _reply(self, way: OnItsWay) -> Reply:
-        try:
-            reply = await way.reply()
-        finally:
-            self._ways.discard(way)
-        self._unwritten += sum(len(payload) for payload in reply.payloads)
-        return reply
 
     # Writing.
 
@@ -324,75 +212,13 @@ class Stream:
                 self._answer_came.clear()
                 await self._answer_came.wait()
             op = self._answers[0]
-            try:
-                code = await self._answer(op)
-            except WorkerLost:
-                await asyncio.Event().wait()
-                raise
+            code, size = await self._writer.write(op)
+            self._sender.unwritten -= size
+            self._written.set()
             self._answers.popleft()
             self._busy = time.monotonic()
             self._metrics.session_ops.labels(op.kind, code).inc()
             self._metrics.session_op_seconds.labels(op.kind).observe(self._busy - op.arrived)
-
-    async def _answer(self, op: _Op) -> str:
-        """Writes one op's answer. Returns its status code's name."""
-        fault = op.fault
-        reply: Reply | None = None
-        if op.answer is not None:
-            try:
-                reply = await op.answer
-            except Fault as error:
-                fault = fault or error
-        if reply is None or fault is not None:
-            assert fault is not None
-            if op.job is not None:
-                fault.field = wire_path(fault.field, op.job)
-            code = status.grpc_code(fault.reason)
-            frame = pb.SessionResponse(op=op.number, status=status.op_status(fault))
-            await self._write(frame.SerializeToString())
-            return str(code.name)
-        with reply:
-            size = sum(len(payload) for payload in reply.payloads)
-            try:
-                await self._write_reply(op, reply)
-            finally:
-                self._unwritten -= size
-                self._written.set()
-        return "OK"
-
-    async def _write_reply(self, op: _Op, reply: Reply) -> None:
-        frame = pb.SessionResponse(op=op.number)
-        room = _ANSWER_ROOM if self._outbox.chunks else self._options.max_message_bytes
-        if isinstance(reply.outcome, ops.SessionOutcome):
-            frame.result.CopyFrom(result_of(reply.outcome))
-            tensors = [info.tensor for info in frame.result.handles if info.has_value]
-        else:
-            assert op.job is not None
-            message = response(op.job.kind, reply.outcome)
-            getattr(frame.stateless, op.job.kind).CopyFrom(message)
-            tensors = list(tensors_of(getattr(frame.stateless, op.job.kind)))
-        transfers, staying = await self._outbox.send(reply.payloads, room)
-        if transfers:
-            places = {index: place for place, index in enumerate(staying)}
-            for tensor in tensors:
-                if tensor.payload in transfers:
-                    tensor.transfer = transfers[tensor.payload]
-                    tensor.payload = 0
-                else:
-                    tensor.payload = places[tensor.payload]
-        payloads = [reply.payloads[index] for index in staying]
-        header = frame.SerializeToString()
-        if sum(len(payload) for payload in payloads) < _JOIN_ASIDE:
-            data = encode(header, payloads)
-        else:
-            joining = asyncio.get_running_loop().run_in_executor(self._executor, encode, header, payloads)
-            try:
-                data = await asyncio.shield(joining)
-            except asyncio.CancelledError:
-                # Leaving the reply's context gives the memory that is being read back to the worker.
-                await asyncio.wait([joining])
-                raise
-        await self._write(data)
 
     async def _write(self, data: bytes) -> None:
         async with self._writing:

@@ -1,0 +1,232 @@
+"""backward() and grad(): one Grad op each, and what is done with its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pullback import errors
+from pullback._apply import FETCH_BELOW, Arguments, as_gradient, choose_session
+from pullback._frames import HandleInfo, Operand
+from pullback._lineage import Kin, Leaves, Ref, merged
+from pullback._session import Pending, Session
+from pullback._tensor import Tensor
+
+#: Gradients' bytes that come along with a backward, in all.
+_FETCH_IN_ALL = 256 << 10
+
+
+class _Run:
+    """The outputs and cotangents of one call, in their session."""
+
+    def __init__(self, outputs: Sequence[Tensor], gradients: Sequence[Any], batched: bool = False) -> None:
+        if len(gradients) != len(outputs):
+            raise ValueError(f"{len(outputs)} tensors and {len(gradients)} gradients are given")
+        for position, output in enumerate(outputs):
+            if not isinstance(output, Tensor):
+                raise TypeError(f"outputs[{position}] is a {type(output).__name__}, expected a Tensor")
+            if not output.may_require_grad:
+                raise errors.NotDifferentiable(
+                    f"outputs[{position}] does not require grad: nothing that it was made of does, or it was made "
+                    "under no_grad or by detach()"
+                )
+        bound = [output.bound_session for output in outputs if not output.is_portable]
+        self.session: Session = next((one for one in bound if one is not None), None) or choose_session(outputs)
+        self.arguments = Arguments(self.session)
+        self.outputs = [self.arguments.handle(output) for output in outputs]
+        # The graph's leaves; those of the cotangents come on top where gradients are differentiable.
+        self.leaves = self.arguments.leaves()
+        self.gradients: list[Operand | None] = []
+        for position, (output, gradient) in enumerate(zip(outputs, gradients, strict=True)):
+            self.gradients.append(None if gradient is None else self._operand(position, output, gradient, batched))
+
+    def _operand(self, position: int, output: Tensor, gradient: Any, batched: bool) -> Operand:
+        """Raises BadCotangent where it is known here already that the shapes do not fit."""
+        listed = not isinstance(gradient, Tensor) and not hasattr(gradient, "dtype")
+        value = as_gradient(gradient, f"gradient of outputs[{position}]", output.dtype if listed else None)
+        if not self.session.pipelined:
+            shape = value.shape[1:] if batched else value.shape
+            if shape != output.shape:
+                raise errors.BadCotangent(
+                    f"gradient of outputs[{position}] has shape {list(value.shape)}, expected that of the output, "
+                    f"{list(output.shape)}{' behind one more axis' if batched else ''}"
+                )
+        return self.arguments.operand(value, "gradient")
+
+    def send(
+        self,
+        wrt: Sequence[Ref],
+        owners: Sequence[Tensor],
+        retain_graph: bool | None,
+        create_graph: bool,
+        allow_unused: bool,
+        batched: bool,
+    ) -> tuple[Pending, list[HandleInfo]]:
+        """Sends the op and waits for it."""
+        room = _FETCH_IN_ALL
+        fetch = []
+        for position, owner in enumerate(owners):
+            # Only what is known: waiting for a shape would cost more than the value.
+            size = owner.nbytes if owner.fetches_grad and owner.is_known_leaf else FETCH_BELOW + 1
+            if size <= min(room, FETCH_BELOW):
+                fetch.append(position)
+                room -= size
+        pending = self.session.grad(
+            self.outputs,
+            [ref.handle for ref in wrt],
+            self.gradients,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=allow_unused,
+            is_grads_batched=batched,
+            fetch=fetch,
+        )
+        self.arguments.sent(pending.epoch)
+        try:
+            return pending, self.session.settle(pending)
+        except errors.PullbackError:
+            self.arguments.failed()
+            raise
+
+    def made(self, pending: Pending, info: HandleInfo, create_graph: bool) -> Tensor | None:
+        """A gradient as a tensor."""
+        ref = Ref(self.session, info.handle)
+        if info.unused:
+            return None
+        leaves: Leaves = self.arguments.leaves() if create_graph else {}
+        return Tensor.made(info, pending.epoch, ref, leaves, Kin())
+
+
+def backward(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Any],
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Tensor | Sequence[Tensor] | None = None,
+) -> None:
+    """See Tensor.backward and autograd.backward."""
+    run = _Run(outputs, gradients)
+    wrt: Leaves = {}
+    if inputs is None:
+        wrt.update((ref, leaf) for ref, leaf in run.leaves.items() if leaf.may_require_grad)
+        wrt.update(_retained(run.session))
+        if not wrt:
+            raise errors.NotDifferentiable("no leaf that requires grad is known to lie behind the tensor")
+    else:
+        wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        if not wanted:
+            raise ValueError("inputs is empty; None means all leaves")
+        for tensor in wanted:
+            wrt.update(_refs(run, tensor, "inputs"))
+    wrt = {ref: tensor for ref, tensor in wrt.items() if ref.session is run.session}
+    pending, infos = run.send(list(wrt), list(wrt.values()), retain_graph, create_graph, True, False)
+    more: list[tuple[Tensor, Tensor]] = []
+    for tensor, info in zip(wrt.values(), infos, strict=True):
+        gradient = run.made(pending, info, create_graph)
+        if gradient is None:
+            continue
+        if tensor.grad is None:
+            tensor._grad = gradient
+        else:
+            more.append((tensor, gradient))
+    _accumulate(run.session, more, create_graph)
+
+
+def _accumulate(session: Session, pairs: Sequence[tuple[Tensor, Tensor]], create_graph: bool) -> None:
+    """Adds gradients to those that are there. All are sent before the first answer is waited for."""
+    sent: list[tuple[Tensor, Arguments, Pending]] = []
+    for tensor, gradient in pairs:
+        before = tensor.grad
+        assert before is not None
+        arguments = Arguments(session)
+        operands = {"input": arguments.operand(before, "grad"), "other": arguments.operand(gradient, "gradient")}
+        fetch = FETCH_BELOW if tensor.fetches_grad else 0
+        pending = session.call("add", operands, no_grad=not create_graph, fetch_below=fetch)
+        arguments.sent(pending.epoch)
+        sent.append((tensor, arguments, pending))
+    for tensor, arguments, pending in sent:
+        (info,) = session.settle(pending)
+        leaves = arguments.leaves() if create_graph else {}
+        tensor._grad = Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, Kin())
+
+
+def _retained(session: Session) -> Leaves:
+    """Tensors with retain_grad()."""
+    found: Leaves = {}
+    for key, reference in list(session.retained.items()):
+        tensor = reference()
+        if tensor is None:
+            session.retained.pop(key, None)
+        elif tensor._ref is not None and tensor._ref.session is session:
+            found[tensor._ref] = tensor
+    return found
+
+
+def _refs(run: _Run, tensor: Any, field: str) -> Leaves:
+    """What stands for a tensor in the graph; several where it was put into the session several times."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{field} holds a {type(tensor).__name__}, expected Tensors")
+    if not tensor.may_require_grad:
+        raise errors.NotDifferentiable(f"one of {field} does not require grad")
+    found = {ref: tensor for ref, leaf in run.leaves.items() if leaf is tensor and ref.session is run.session}
+    if found:
+        return found
+    if tensor.bound_session is not run.session or tensor._ref is None:
+        run.arguments.handle(tensor)
+    assert tensor._ref is not None
+    return {tensor._ref: tensor}
+
+
+def grad(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """See autograd.grad."""
+    if materialize_grads and allow_unused is False:
+        raise ValueError("materialize_grads needs allow_unused to be True or not given")
+    many = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not wanted:
+        raise ValueError("inputs is empty")
+    if grad_outputs is None:
+        cotangents: list[Any] = [None] * len(many)
+    elif isinstance(outputs, Tensor) and not (isinstance(grad_outputs, tuple | list) and _one_tensor(grad_outputs)):
+        cotangents = [grad_outputs]
+    else:
+        cotangents = list(grad_outputs)
+    run = _Run(many, cotangents, is_grads_batched)
+    groups = [_refs(run, tensor, "inputs") for tensor in wanted]
+    # The gradients depend on these in turn.
+    wrt = merged(groups) if len(groups) == 1 else {ref: one for group in groups for ref, one in group.items()}
+    unused = bool(materialize_grads or allow_unused)
+    several = any(len(group) > 1 for group in groups)
+    pending, infos = run.send(
+        list(wrt), list(wrt.values()), retain_graph, create_graph, unused or several, is_grads_batched
+    )
+    found = {ref: run.made(pending, info, create_graph) for ref, info in zip(wrt, infos, strict=True)}
+    results: list[Tensor | None] = []
+    for tensor, group in zip(wanted, groups, strict=True):
+        parts = [part for ref in group if (part := found[ref]) is not None]
+        result = parts[0] if parts else None
+        for part in parts[1:]:
+            assert result is not None
+            result = result + part  # type: ignore[operator]
+        if result is None and several and not unused:
+            raise errors.UnusedInput("one of inputs is not used by the outputs; allow_unused=True gives None for it")
+        if result is None and materialize_grads:
+            result = Tensor(np.zeros(tensor.shape, tensor.dtype), home=run.session)
+        results.append(result)
+    return tuple(results)
+
+
+def _one_tensor(value: Sequence[Any]) -> bool:
+    """Whether a sequence is the one-element sequence of cotangents, and not a cotangent written as a list."""
+    return len(value) == 1 and (value[0] is None or hasattr(value[0], "shape"))

@@ -1,0 +1,106 @@
+"""Models called on tensors, and their parameters as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pullback import errors
+from pullback._apply import Arguments, choose_session, run
+from pullback._caller import Caller
+from pullback._current import session_now
+from pullback._info import ModelInfo
+from pullback._lineage import Ref
+from pullback._session import Session
+from pullback._tensor import Tensor
+from pullback._transport import Transport
+from pullback_wire import numpy_dtype
+from pullback_wire.dtypes import dtype_number
+from pullback_wire.v1 import function_pb2
+
+
+def call_model(
+    caller: Caller,
+    transport: Transport,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    parameters: Mapping[str, Any] | None,
+    train: bool,
+    seed: int | None,
+    max_order: int | None,
+) -> Tensor | dict[str, Tensor]:
+    """See RemoteModel.__call__."""
+    named = _named(caller, args, kwargs)
+    given = {name: value for name, value in dict(parameters or {}).items() if value is not None}
+    model = (caller.name, caller.version)
+    values = [*named.values(), *given.values()]
+    session = choose_session([one for one in values if isinstance(one, Tensor)], transport, model)
+    given = {**session.model_parameters.get(model, {}), **given}
+    arguments = Arguments(session)
+    inputs = {name: arguments.operand(value, f"inputs[{name!r}]") for name, value in named.items()}
+    more = {name: arguments.operand(value, f"parameters[{name!r}]") for name, value in given.items()}
+    function = function_pb2.Function(model=caller.name, version=caller.version)
+    names = [one.name for one in caller.info().outputs] if session.pipelined else []
+    try:
+        outputs = run(
+            session,
+            arguments,
+            function,
+            inputs,
+            outputs=len(names) or None,
+            parameters=more,
+            train=train,
+            seed=seed,
+            max_order=max_order,
+        )
+    except errors.BadName:
+        caller.forget()
+        raise
+    if len(outputs) == 1:
+        return outputs[0]
+    return dict(zip(names or [one.name for one in outputs], outputs, strict=True))
+
+
+def _named(caller: Caller, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of the model's code. Raises TypeError as a Python function does."""
+    named: dict[str, Any] = {}
+    if args:
+        names = [spec.name for spec in caller.info().inputs]
+        if len(args) > len(names):
+            takes = ", ".join(map(repr, names)) or "none"
+            raise TypeError(f"model {caller.name!r} takes {len(names)} inputs ({takes}), {len(args)} are given")
+        named.update(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name in named:
+            raise TypeError(f"model {caller.name!r} got input {name!r} twice")
+        named[name] = value
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def take_parameters(caller: Caller, transport: Transport, session: Session | None) -> dict[str, Tensor]:
+    """The parameters in a session, made there when they are first asked for. Raises PullbackError."""
+    model = (caller.name, caller.version)
+    session = session_now(transport, model) if session is None else session
+    taken = session.model_parameters.get(model)
+    if taken is None:
+        info: ModelInfo = caller.info()
+        names = [spec.name for spec in info.parameters]
+        taken = {}
+        if names:
+            handles = session.parameters(caller.name, caller.version, names)
+            refs = [Ref(session, handle) for handle in handles]
+            if not session.pipelined:
+                session.synchronize()
+            for spec, ref in zip(info.parameters, refs, strict=True):
+                dtype = numpy_dtype(dtype_number(spec.dtype)) if spec.dtype else None
+                shape = tuple(one for one in spec.shape or () if isinstance(one, int))
+                taken[spec.name] = Tensor.parameter(ref, dtype, shape)
+        # Two threads may come here at once; the first one's stay.
+        taken = session.model_parameters.setdefault(model, taken)
+    return taken
+
+
+def taken_parameters(caller: Caller, transport: Transport, session: Session | None) -> Iterator[Tensor]:
+    """Those that were taken already; none is made."""
+    session = session_now(transport, (caller.name, caller.version)) if session is None else session
+    yield from session.model_parameters.get((caller.name, caller.version), {}).values()

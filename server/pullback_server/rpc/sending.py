@@ -1,0 +1,155 @@
+"""A session's ops on their way to its worker, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pullback_server import ops
+from pullback_server.faults import Fault
+from pullback_server.fleet.seam import Reply, Upload, WorkerLost
+from pullback_server.job import FaultRecord, Job
+from pullback_server.rpc import status
+from pullback_server.rpc.ops import OpTranslator, handles_of, tensors_in
+from pullback_server.rpc.transfers import Inbox
+from pullback_server.scheduling import OnItsWay, Pinned
+from pullback_wire import Reason, WireError
+from pullback_wire.v1 import session_service_pb2 as pb
+
+
+@dataclass(eq=False)
+class Op:
+    """An op from its arrival until its answer is written.
+
+    kind: "put", "call", ... bytes: of its payloads. job: of a stateless op. fault: why it was refused on its way.
+    answer: absent where the worker need not know of it.
+    """
+
+    number: int
+    kind: str
+    frame: pb.SessionRequest
+    payloads: Sequence[memoryview]
+    bytes: int
+    fault: Fault | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    job: Job | None = None
+    answer: asyncio.Task[Reply] | None = None
+
+
+class Sender:
+    """Translates ops and posts them. budget, max_result_bytes: see ops.SessionJob. seconds: an op may wait and take."""
+
+    def __init__(
+        self,
+        pinned: Pinned,
+        inbox: Inbox,
+        translator: OpTranslator,
+        budget: int,
+        max_result_bytes: int,
+        seconds: float,
+    ) -> None:
+        self._pinned = pinned
+        self._inbox = inbox
+        self._translator = translator
+        self._budget = budget
+        self._max_result_bytes = max_result_bytes
+        self._seconds = seconds
+        #: Places at the worker that are held.
+        self._ways: set[OnItsWay] = set()
+        #: Bytes of replies that have not been written.
+        self.unwritten = 0
+
+    async def send(self, op: Op) -> None:
+        """Returns when the op is on its way, or has failed. Raises Fault when the session cannot go on."""
+        frame = op.frame
+        uploads: list[Upload] = []
+        job: Job | ops.SessionJob
+        try:
+            if op.fault is not None:
+                raise op.fault
+            payloads = self._with_uploads(frame, op.payloads, uploads)
+            if op.kind == "stateless":
+                job = op.job = self._translator.stateless(frame, payloads, self._max_result_bytes)
+            else:
+                job = self._job(op, self._translator.op(frame, payloads))
+            way = await self._pinned.post(job, op.payloads, time.monotonic() + self._seconds, uploads)
+        except (Fault, WireError) as error:
+            await self._refuse(op, error if isinstance(error, Fault) else status.as_fault(error))
+        except WorkerLost:
+            await _until_told()
+        else:
+            self._expect(op, way)
+        finally:
+            # Those that went with the op are not here any more.
+            for upload in uploads:
+                upload.drop()
+
+    def give_up(self) -> None:
+        """Gives the places at the worker back."""
+        for way in self._ways:
+            way.give_up()
+
+    def _job(self, op: Op, what: ops.Op) -> ops.SessionJob:
+        return ops.SessionJob(
+            session=self._pinned.seat.session,
+            number=op.number,
+            release=list(op.frame.release),
+            op=what,
+            budget=self._budget,
+            max_result_bytes=self._max_result_bytes,
+        )
+
+    async def _refuse(self, op: Op, fault: Fault) -> None:
+        """Has the worker know of an op that cannot be sent, where other ops may depend on it."""
+        op.fault = fault
+        handles = [handle for handle in handles_of(op.frame) if 0 < handle < 2**63]
+        if not handles and not op.frame.release:
+            return
+        record = FaultRecord(fault.reason.value, fault.message, fault.field, fault.retry_after)
+        broken = self._job(op, ops.Broken(handles, record))
+        try:
+            way = await self._pinned.post(broken, (), time.monotonic() + self._seconds)
+        except WorkerLost:
+            await _until_told()
+        except Fault as another:
+            # Ops that depend on this one would not learn of it.
+            raise Fault(Reason.SESSION_LOST, f"the session cannot go on: {another.message}") from another
+        else:
+            self._expect(op, way)
+
+    def _expect(self, op: Op, way: OnItsWay) -> None:
+        self._ways.add(way)
+        op.answer = asyncio.create_task(self._reply(way))
+
+    async def _reply(self, way: OnItsWay) -> Reply:
+        # In a task, so that its place goes to others as soon as it is computed, however slow the client reads.
+        try:
+            reply = await way.reply()
+        except WorkerLost:
+            await _until_told()
+            raise
+        finally:
+            self._ways.discard(way)
+        self.unwritten += sum(len(payload) for payload in reply.payloads)
+        return reply
+
+    def _with_uploads(
+        self, frame: pb.SessionRequest, payloads: Sequence[memoryview], uploads: list[Upload]
+    ) -> Sequence[memoryview]:
+        """The op's payloads and, after them, the transfers that it refers to, which are added to `uploads`."""
+        found = list(payloads)
+        for tensor in tensors_in(frame):
+            if tensor.transfer:
+                upload = self._inbox.claim(tensor)
+                uploads.append(upload)
+                tensor.payload = len(found)
+                tensor.transfer = 0
+                found.append(upload.view)
+        return found
+
+
+async def _until_told() -> None:
+    """The worker is gone; the session's own task learns of that as well, and cancels whoever waits here."""
+    await asyncio.Event().wait()
