@@ -144,8 +144,8 @@ def run(
     outputs: int | None = 1,
     view_of: Tensor | None = None,
     **more: Any,
-) -> list[Tensor]:
-    """Sends a call and makes tensors of its outputs. outputs: how many there will be; None: unknown.
+) -> list[tuple[str, Tensor]]:
+    """Sends a call and makes tensors of its outputs, by name. outputs: how many there will be; None: unknown.
 
     Raises PullbackError.
     """
@@ -166,7 +166,8 @@ def run(
         arguments.expose()
     if session.pipelined and outputs is not None:
         return [
-            Tensor.coming(pending, index, Ref(session, first + index), leaves, kin or Kin()) for index in range(outputs)
+            ("", Tensor.coming(pending, index, Ref(session, first + index), leaves, kin or Kin()))
+            for index in range(outputs)
         ]
     try:
         infos = session.settle(pending)
@@ -174,7 +175,9 @@ def run(
         arguments.failed()
         session.release(first)
         raise
-    return [Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, kin or Kin()) for info in infos]
+    return [
+        (info.name, Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, kin or Kin())) for info in infos
+    ]
 
 
 def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:

@@ -16,7 +16,8 @@ from pullback._naming import Named
 from pullback._request import Common, Draft
 from pullback._results import Answer
 from pullback._transport import Transport
-from pullback_wire import MODEL_METHODS, WireError
+from pullback_wire import MODEL_METHODS, TensorReader, WireError
+from pullback_wire.framing import Buffer
 from pullback_wire.v1 import gradient_service_pb2 as pb
 from pullback_wire.v1 import model_service_pb2
 
@@ -24,11 +25,21 @@ M = TypeVar("M", bound=Message)
 R = TypeVar("R")
 
 
+#: Requests of at least so many bytes go through a session; below it, one message is quicker.
+BULK_BYTES = 32 << 20
+
+
+def bulky(transport: Transport, payloads: Sequence[Buffer]) -> bool:
+    """Whether a request goes through a session."""
+    size = sum(map(len, payloads))
+    return size >= BULK_BYTES or size > transport.address.max_message_bytes - (64 << 10)
+
+
 class Caller:
     """Makes the calls of one model. version: empty: the latest that is ready."""
 
     def __init__(self, transport: Transport, name: str, version: str) -> None:
-        self._transport = transport
+        self.transport = transport
         self.name = name
         self.version = version
         self._info: ModelInfo | None = None
@@ -36,18 +47,22 @@ class Caller:
     @property
     def target(self) -> str:
         """Where calls go."""
-        return self._transport.address.target
+        return self.transport.address.target
 
     def info(self) -> ModelInfo:
         """The model's signature, asked for once."""
         info = self._info
         if info is None:
             request = model_service_pb2.GetModelRequest(name=self.name, version=self.version)
-            response, _ = self._transport.call(
+            response, _ = self.transport.call(
                 MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), None
             )
             info = self._info = model_info(response.model)
         return info
+
+    def forget(self) -> None:
+        """The model may have another signature by now; the next call asks."""
+        self._info = None
 
     @contextmanager
     def draft(self, name: str, inputs: Any, common: Common) -> Iterator[Draft]:
@@ -55,8 +70,7 @@ class Caller:
         try:
             yield Draft(name, self.name, self.version, inputs, common, self.info)
         except errors.BadName:
-            # The model may have another signature by now; the next call asks.
-            self._info = None
+            self.forget()
             raise
 
     def vjp(
@@ -94,8 +108,8 @@ class Caller:
     def ask(self, draft: Draft, response: type[M], timeout: float | None, read: Callable[[M, Answer], R]) -> R:
         """Sends a draft and reads the answer."""
         what = self._what(draft.method.name.removeprefix("Compute").lower())
-        message, payloads = self._transport.call(draft.method, draft.message, draft.payloads, response, what, timeout)
-        answer = Answer(payloads)
+        message, reader = self._asked(draft, response, what, timeout)
+        answer = Answer(reader)
         try:
             result = read(message, answer)
             answer.finish()
@@ -104,6 +118,21 @@ class Caller:
                 f"{what}: {self.target} sent an answer that contradicts itself: {error}"
             ) from error
         return result
+
+    def _asked(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
+        """By one message, or by a session where the tensors are large."""
+        if bulky(self.transport, draft.payloads):
+            from pullback._bulk import pool_of
+
+            try:
+                return pool_of(self.transport).call(
+                    draft.method, draft.message, draft.payloads, response, what, timeout
+                )
+            except errors.Unimplemented:
+                # A server without sessions; the message may still be small enough for it.
+                pass
+        message, payloads = self.transport.call(draft.method, draft.message, draft.payloads, response, what, timeout)
+        return message, TensorReader(payloads)
 
     def _what(self, method: str) -> str:
         return f"model {self.name!r}: {method}"

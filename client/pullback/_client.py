@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from pullback import errors
 from pullback._channel import TLS, Address, clean_metadata
@@ -14,6 +15,10 @@ from pullback._retry import RetryPolicy
 from pullback._transport import Transport
 from pullback_wire import MODEL_METHODS
 from pullback_wire.v1 import model_service_pb2
+
+if TYPE_CHECKING:
+    from pullback._session import Session
+    from pullback._tensor import Tensor
 
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # grpc.health.v1 by hand: an empty HealthCheckRequest asks about the server as a whole, and a HealthCheckResponse is
@@ -51,6 +56,38 @@ class Client:
             raise TypeError(f"a model is named by a str, not {name!r}")
         return RemoteModel(self._transport, name, "" if version is None else str(version))
 
+    def session(
+        self,
+        *,
+        models: Iterable[str | RemoteModel] = (),
+        pipelined: bool = False,
+        timeout: float | None = None,
+    ) -> Session:
+        """Opens a session: `with client.session(): ...` makes it the current one, and ends it.
+
+        Without one, tensors use the client's own session, which is opened when it is needed and lasts as long as the
+        client.
+
+        models: that will be used in it; a worker that has them all is chosen.
+        pipelined: ops do not wait for their answers; see `Session`.
+        timeout: seconds for each op; None: the client's default.
+
+        Raises PullbackError.
+        """
+        from pullback._session import Session
+
+        named = [(one.name, one.version) if isinstance(one, RemoteModel) else (one, "") for one in models]
+        return Session(self._transport, named, pipelined=pipelined, timeout=timeout)
+
+    def tensor(self, data: Any, requires_grad: bool = False, dtype: Any = None) -> Tensor:
+        """A tensor of this client's: arguments as of `pullback.tensor`.
+
+        It is used in the session of the `with client.session():` around, else in the client's own.
+        """
+        from pullback._current import session_now
+
+        return session_now(self._transport).tensor(data, requires_grad, dtype)
+
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """The hosted models, sorted by name, the latest version of each, without their parameter lists.
 
@@ -81,6 +118,9 @@ class Client:
     def close(self) -> None:
         """Closes the connection. Calls that run, or come later, raise ClientClosed. Closing twice is harmless."""
         self._transport.close()
+        from pullback._current import end_default
+
+        end_default(self._transport)
 
     def __enter__(self) -> Client:
         return self

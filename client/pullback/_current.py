@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 
 from pullback import errors
 from pullback._fork import gate
@@ -12,8 +11,12 @@ from pullback._transport import Transport
 
 #: By generation, so that no fork can leave one locked.
 _locks: dict[int, threading.Lock] = {}
-#: Each client's own session, by its transport and the generation.
-_defaults: weakref.WeakKeyDictionary[Transport, dict[int, Session]] = weakref.WeakKeyDictionary()
+
+
+def _sessions(transport: Transport) -> dict[int, Session]:
+    """The client's own session, by generation."""
+    found: dict[int, Session] = transport.belongings.setdefault("sessions", {})
+    return found
 
 
 def default_session(transport: Transport, model: tuple[str, str] | None = None) -> Session:
@@ -27,12 +30,12 @@ def default_session(transport: Transport, model: tuple[str, str] | None = None) 
             found = _found(transport)
             if found is None:
                 found = Session(transport, [model] if model else [])
-                _defaults.setdefault(transport, {})[gate.generation] = found
+                _sessions(transport)[gate.generation] = found
     return found
 
 
 def _found(transport: Transport) -> Session | None:
-    found = _defaults.get(transport, {}).get(gate.generation)
+    found = _sessions(transport).get(gate.generation)
     return found if found is not None and found.usable and not found.going_away and not transport.closed else None
 
 
@@ -60,6 +63,6 @@ def session_now(transport: Transport | None = None, model: tuple[str, str] | Non
 
 def end_default(transport: Transport) -> None:
     """Ends the client's own session, as the client is closed."""
-    session = _defaults.pop(transport, {}).get(gate.generation)
+    session = _sessions(transport).pop(gate.generation, None)
     if session is not None:
         session._stream.fail(errors.ClientClosed(f"the client of {transport.address.target} is closed"))

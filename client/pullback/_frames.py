@@ -13,6 +13,7 @@ from pullback._stream import Reply, Stream
 from pullback._transfers import CHUNK_THRESHOLD, as_tensor
 from pullback_wire import TensorReader, TensorWriter, WireError, numpy_dtype, wire_dtype
 from pullback_wire.codec import bytes_view
+from pullback_wire.framing import Buffer
 from pullback_wire.v1 import session_service_pb2 as pb
 from pullback_wire.v1 import tensor_pb2
 
@@ -68,14 +69,29 @@ class FrameWriter:
 
     def tensor(self, name: str, array: Array) -> tensor_pb2.Tensor:
         """The description of one tensor."""
-        chunked = array.nbytes >= CHUNK_THRESHOLD or self._inline + array.nbytes > _INLINE_BYTES
+        room = min(_INLINE_BYTES, self._stream.limit // 2)
+        chunked = array.nbytes >= CHUNK_THRESHOLD or self._inline + array.nbytes > room
         if not (chunked and array.nbytes and self._stream.takes_chunks):
             self._inline += array.nbytes
             return self._writer.add(name, array)
         number = wire_dtype(array.dtype)
         plain = np.asarray(array, dtype=numpy_dtype(number), order="C")
-        transfer = self._stream.upload(bytes_view(plain), self._what, self._deadline)
+        transfer = self.upload(bytes_view(plain))
         return tensor_pb2.Tensor(name=name, dtype=number, shape=array.shape, transfer=transfer)  # type: ignore[arg-type]
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether the server does."""
+        return self._stream.takes_chunks
+
+    def upload(self, data: memoryview) -> int:
+        """Sends bytes ahead. Returns the transfer's number."""
+        return self._stream.upload(data, self._what, self._deadline)
+
+    def inline(self, data: Buffer) -> int:
+        """Bytes that go in the frame itself. Returns the payload's index."""
+        self._writer.payloads.append(data)
+        return len(self._writer.payloads) - 1
 
     def operand(self, name: str, operand: Operand | None) -> pb.Operand:
         """One argument of an op; None: an operand without a source."""

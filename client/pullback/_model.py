@@ -1,9 +1,9 @@
-"""`RemoteModel`: a hosted model and its derivatives, each a stateless call of one round trip."""
+"""`RemoteModel`: a hosted model, called on tensors, and its derivatives as stateless calls of one round trip each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pullback._caller import Caller
 from pullback._info import ModelInfo
@@ -13,6 +13,10 @@ from pullback._request import Common
 from pullback._results import Answer, HessianResult, HvpResult, JvpResult, VjpResult, by_output, only_block
 from pullback._transport import Transport
 from pullback_wire.v1 import gradient_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from pullback._session import Session
+    from pullback._tensor import Tensor
 
 Wrt = str | Sequence[str] | None
 Tensors = Mapping[str, Any] | None
@@ -77,6 +81,62 @@ class RemoteModel:
         Raises ModelNotFound, VersionNotFound, or what any call raises.
         """
         return self._caller.info()
+
+    def __call__(
+        self,
+        *args: Any,
+        parameters: Tensors = None,
+        train: bool = False,
+        seed: int | None = None,
+        max_order: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the model in a session and keeps its graph there: y = model(x); y.backward().
+
+        args, kwargs: the inputs, in the order and by the names of the model's code: Tensors, or arrays, which take no
+            part in gradients. None leaves an optional one out.
+        parameters: by name, Tensors or arrays, used instead of the hosted ones. Once `parameters()` were taken in the
+            session, calls there use those, and their gradients are known; before, hosted parameters get none.
+        train, seed: as for the other methods.
+        max_order: the highest order of derivative that will be asked for; None: any. 1 lets attention use its fast
+            kernels.
+
+        Returns a Tensor, or a dict of them by name where the model has several outputs.
+
+        Raises what evaluate() raises; BadHandle for tensors of different sessions; SessionLost.
+        """
+        from pullback._remote_call import call_model
+
+        return call_model(self._caller, args, kwargs, parameters, train, seed, max_order)
+
+    def named_parameters(self, session: Session | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The parameters as Tensors that require grad, by name. The session's own: the hosted ones never change.
+
+        From the first time on, model(x) in that session uses these, so that loss.backward() fills their `.grad`, which
+        stays on the server until it is read, and changing them in place changes what the model computes there:
+
+            with pb.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+            model.zero_grad()
+
+        session: None: that of the `with client.session():` around, else the client's own.
+        """
+        from pullback._remote_call import take_parameters
+
+        yield from take_parameters(self._caller, session).items()
+
+    def parameters(self, session: Session | None = None) -> Iterator[Tensor]:
+        """As `named_parameters`, without the names."""
+        for _, tensor in self.named_parameters(session):
+            yield tensor
+
+    def zero_grad(self, session: Session | None = None) -> None:
+        """Sets `.grad` of the parameters taken in the session to None."""
+        from pullback._remote_call import taken_parameters
+
+        for tensor in taken_parameters(self._caller, session):
+            tensor.grad = None
 
     def evaluate(
         self,

@@ -77,7 +77,7 @@ def operate(name: str, tensors: dict[str, Any], options: dict[str, Any]) -> Tens
         bare = like is not None and not isinstance(value, Tensor) and is_number(value)
         inputs[key] = arguments.operand(value, f"{name}: {key}", like.dtype if bare and like is not None else None)
     view = like if next(iter(given.values()), None) is like else None
-    (made,) = run(session, arguments, name, inputs, options=plain, view_of=view if name in VIEWS else None)
+    ((_, made),) = run(session, arguments, name, inputs, options=plain, view_of=view if name in VIEWS else None)
     return made
 
 

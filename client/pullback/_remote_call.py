@@ -13,7 +13,6 @@ from pullback._info import ModelInfo
 from pullback._lineage import Ref
 from pullback._session import Session
 from pullback._tensor import Tensor
-from pullback._transport import Transport
 from pullback_wire import numpy_dtype
 from pullback_wire.dtypes import dtype_number
 from pullback_wire.v1 import function_pb2
@@ -21,7 +20,6 @@ from pullback_wire.v1 import function_pb2
 
 def call_model(
     caller: Caller,
-    transport: Transport,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     parameters: Mapping[str, Any] | None,
@@ -34,7 +32,7 @@ def call_model(
     given = {name: value for name, value in dict(parameters or {}).items() if value is not None}
     model = (caller.name, caller.version)
     values = [*named.values(), *given.values()]
-    session = choose_session([one for one in values if isinstance(one, Tensor)], transport, model)
+    session = choose_session([one for one in values if isinstance(one, Tensor)], caller.transport, model)
     given = {**session.model_parameters.get(model, {}), **given}
     arguments = Arguments(session)
     inputs = {name: arguments.operand(value, f"inputs[{name!r}]") for name, value in named.items()}
@@ -57,8 +55,10 @@ def call_model(
         caller.forget()
         raise
     if len(outputs) == 1:
-        return outputs[0]
-    return dict(zip(names or [one.name for one in outputs], outputs, strict=True))
+        return outputs[0][1]
+    return {
+        announced or name: one for announced, (name, one) in zip(names or [""] * len(outputs), outputs, strict=True)
+    }
 
 
 def _named(caller: Caller, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def _named(caller: Caller, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return {name: value for name, value in named.items() if value is not None}
 
 
-def take_parameters(caller: Caller, transport: Transport, session: Session | None) -> dict[str, Tensor]:
+def take_parameters(caller: Caller, session: Session | None) -> dict[str, Tensor]:
     """The parameters in a session, made there when they are first asked for. Raises PullbackError."""
     model = (caller.name, caller.version)
-    session = session_now(transport, model) if session is None else session
+    session = session_now(caller.transport, model) if session is None else session
     taken = session.model_parameters.get(model)
     if taken is None:
         info: ModelInfo = caller.info()
@@ -100,7 +100,7 @@ def take_parameters(caller: Caller, transport: Transport, session: Session | Non
     return taken
 
 
-def taken_parameters(caller: Caller, transport: Transport, session: Session | None) -> Iterator[Tensor]:
+def taken_parameters(caller: Caller, session: Session | None) -> Iterator[Tensor]:
     """Those that were taken already; none is made."""
-    session = session_now(transport, (caller.name, caller.version)) if session is None else session
+    session = session_now(caller.transport, (caller.name, caller.version)) if session is None else session
     yield from session.model_parameters.get((caller.name, caller.version), {}).values()

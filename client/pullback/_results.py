@@ -66,8 +66,8 @@ class Answer:
     Each method raises WireError for an answer that contradicts itself.
     """
 
-    def __init__(self, payloads: Sequence[memoryview]) -> None:
-        self._reader = TensorReader(payloads)
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
 
     def outputs(self, tensors: Sequence[tensor_pb2.Tensor], wanted: bool = True) -> Any:
         """One output: an array; several: a dict by name; not wanted: None."""

@@ -136,11 +136,10 @@ class Stream:
                 taken = self._take_released()
                 frame.release.extend(taken)
             data = encode_message(frame, payloads)
-            limit = min(self.opened.max_message_bytes or 1 << 62, self.transport.address.max_message_bytes)
-            if len(data) > limit:
+            if len(data) > self.limit:
                 self.released.extend(taken)
                 raise errors.MessageTooLarge(
-                    f"{'' if reply is None else reply.what}: the frame has {len(data):,} bytes, the limit is {limit:,}"
+                    f"{'' if reply is None else reply.what}: the frame has {len(data):,} bytes, the limit is {self.limit:,}"
                 )
             if reply is not None:
                 self._op = reply.op = frame.op
@@ -167,7 +166,7 @@ class Stream:
             self._transfer += 1
             transfer = self._transfer
         size, offset = len(data), 0
-        part = max(min(CHUNK_BYTES, self.opened.credit_bytes), 1)
+        part = max(min(CHUNK_BYTES, self.opened.credit_bytes, self.limit // 2), 1)
         try:
             while offset < size:
                 end = min(offset + part, size)
@@ -183,6 +182,11 @@ class Stream:
     def _take_credit(self, amount: int) -> bool:
         with self._state:
             return self._credit.take(amount)
+
+    @property
+    def limit(self) -> int:
+        """Most bytes that a frame may have."""
+        return min(self.opened.max_message_bytes or 1 << 62, self.transport.address.max_message_bytes)
 
     @property
     def in_flight(self) -> int:

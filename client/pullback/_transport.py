@@ -37,6 +37,7 @@ class Transport:
 
     timeout: seconds for a call and all its attempts, where the call says nothing; None or infinity: no limit.
     everyone: all transports of this process that are in use.
+    belongings: what others keep for as long as it lives, by what it is; not pickled.
     """
 
     everyone: ClassVar[weakref.WeakSet[Transport]] = weakref.WeakSet()
@@ -47,6 +48,7 @@ class Transport:
         self.timeout = timeout
         self.retry = retry
         self._channel = ForkAwareChannel(address)
+        self.belongings: dict[str, Any] = {}
         self.everyone.add(self)
 
     def __getstate__(self) -> tuple[Address, float | None, RetryPolicy]:
@@ -55,6 +57,7 @@ class Transport:
     def __setstate__(self, state: tuple[Address, float | None, RetryPolicy]) -> None:
         self.address, self.timeout, self.retry = state
         self._channel = ForkAwareChannel(self.address)
+        self.belongings: dict[str, Any] = {}
         self.everyone.add(self)
 
     def call(

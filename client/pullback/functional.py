@@ -8,8 +8,9 @@ Losses have torch's arguments, names and defaults. Tensor arguments are Tensors,
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pullback._operations import FUNCTIONS
@@ -26,6 +27,7 @@ hinge_embedding_loss(input, target, *, margin=1.0, reduction='mean')
 huber_loss(input, target, *, reduction='mean', delta=1.0, weight=None)
 kl_div(input, target, *, reduction='mean', log_target=False)
 l1_loss(input, target, *, reduction='mean', weight=None)
+linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, reduction='mean', ignore_index=None, label_smoothing=0.0)
 margin_ranking_loss(input1, input2, target, *, margin=0, reduction='mean')
 mse_loss(input, target, *, reduction='mean', weight=None)
 multi_margin_loss(input, target, *, p=1, margin=1.0, weight=None, reduction='mean')
@@ -36,19 +38,22 @@ poisson_nll_loss(input, target, *, log_input=True, full=False, eps=1e-08, reduct
 smooth_l1_loss(input, target, *, reduction='mean', beta=1.0)
 soft_margin_loss(input, target, *, reduction='mean')
 triplet_margin_loss(anchor, positive, negative, *, margin=1.0, p=2, eps=1e-06, swap=False, reduction='mean')
-"""
+triplet_margin_with_distance_loss(anchor, positive, negative, *, margin=1.0, swap=False, reduction='mean')
+"""  # noqa: E501
 #: Tensor arguments that stand among the options.
-_LATE_TENSORS = frozenset({"weight", "pos_weight"})
+_LATE_TENSORS = frozenset({"weight", "pos_weight", "linear_bias"})
 _ACTIVATIONS = ("relu", "softplus", "silu", "gelu", "sigmoid", "tanh", "softmax", "log_softmax")
 
 
 def _loss(line: str) -> Callable[..., Any]:
-    name, _, arguments = line.partition("(")
-    scope: dict[str, Any] = {}
-    # Our own text of above.
-    exec(f"def {name}({arguments}: ...", scope)
-    signature = inspect.signature(scope[name])
-    tensors = {key for key, one in signature.parameters.items() if one.kind is not one.KEYWORD_ONLY} | _LATE_TENSORS
+    name, _, arguments = line.rstrip(")").partition("(")
+    positional, _, keywords = arguments.partition(" *,")
+    parameters = [
+        *_parameters(positional, inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *_parameters(keywords, inspect.Parameter.KEYWORD_ONLY),
+    ]
+    signature = inspect.Signature(parameters)
+    tensors = {one.name for one in parameters if one.kind is not one.KEYWORD_ONLY} | _LATE_TENSORS
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
@@ -61,6 +66,12 @@ def _loss(line: str) -> Callable[..., Any]:
     return loss
 
 
+def _parameters(text: str, kind: Any) -> Iterator[inspect.Parameter]:
+    for one in filter(None, map(str.strip, text.split(","))):
+        name, _, default = one.partition("=")
+        yield inspect.Parameter(name, kind, default=ast.literal_eval(default) if default else inspect.Parameter.empty)
+
+
 def _run(name: str, tensors: dict[str, Any], options: dict[str, Any]) -> Any:
     from pullback._apply import Arguments, choose_session, run
     from pullback._loss import Loss
@@ -71,7 +82,7 @@ def _run(name: str, tensors: dict[str, Any], options: dict[str, Any]) -> Any:
     operands = {key: arguments.operand(value, f"{name}: {key}") for key, value in tensors.items()}
     first = next(iter(operands))
     inputs = {first: operands.pop(first)}
-    (made,) = run(session, arguments, Loss(name, **options), inputs, targets=operands)
+    ((_, made),) = run(session, arguments, Loss(name, **options), inputs, targets=operands)
     return made
 
 
@@ -81,7 +92,7 @@ for _line in _LOSSES.strip().splitlines():
 for _name in _ACTIVATIONS:
     globals()[_name] = FUNCTIONS[_name]
 
-__all__ = sorted([*(_line.partition("(")[0] for _line in _LOSSES.strip().splitlines()), *_ACTIVATIONS])  # noqa: PLE0605
+__all__ = sorted([*(_line.partition("(")[0] for _line in _LOSSES.strip().splitlines()), *_ACTIVATIONS])
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

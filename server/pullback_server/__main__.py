@@ -13,8 +13,7 @@ def main() -> int:
         if error.name is None or error.name.partition(".")[0] in ("pullback_server", "pullback_wire", "pullback"):
             raise
         print(
-            f"pullback-server: the server needs {error.name!r}, which is not installed: "
-            "pip install 'pullback[server]'",
+            f"pullback-server: the server needs {error.name!r}, which is not installed: pip install 'pullback[server]'",
             file=sys.stderr,
         )
         return 1

@@ -49,7 +49,7 @@ def bytes_of(name: str, arguments: Sequence[Any], options: dict[str, Any]) -> in
     if name == "index":
         return _index(first, arguments[1]) * width
     if name == "to":
-        return first.numel() * max(width, options["dtype"].itemsize)
+        return first.numel() * max(width, int(options["dtype"].itemsize))
     if name == "expand":
         shape = options["shape"]
         extents = [extent for extent in shape if isinstance(extent, int)] if isinstance(shape, list) else []

@@ -52,30 +52,26 @@ def _squeeze(input: torch.Tensor, dim: Any = None) -> torch.Tensor:
     return torch.squeeze(input, tuple(dim) if isinstance(dim, list) else dim)
 
 
-def _norm(input: torch.Tensor, **options: Any) -> torch.Tensor:
-    return torch.linalg.vector_norm(input, **options) if "ord" not in options else _norm_by(input, **options)
+def _norm(input: torch.Tensor, ord: Any = None, **options: Any) -> torch.Tensor:
+    linalg: Any = torch.linalg
+    found: torch.Tensor = linalg.norm(input, ord, **options)
+    return found
 
 
-def _norm_by(input: torch.Tensor, ord: Any, **options: Any) -> torch.Tensor:
-    if ord is None:
-        return torch.linalg.vector_norm(input, **options)
-    return torch.linalg.norm(input, ord, **options)
-
+#: Those whose arguments are just torch's.
+_SAME = (
+    "maximum minimum matmul logical_and logical_or neg abs sign square sqrt rsqrt reciprocal exp expm1 log log1p "
+    "sin cos tan asin acos atan sinh cosh tanh sigmoid relu erf conj real imag angle isfinite isnan logical_not "
+    "floor ceil round clone zeros_like ones_like logsumexp softmax log_softmax cumsum clamp where permute transpose "
+    "flatten unsqueeze"
+)
 
 _CODE: dict[str, Code] = {
     **{
         name: getattr(operator, {"div": "truediv"}.get(name, name))
         for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge", "pow")
     },
-    **{
-        name: getattr(torch, name)
-        for name in (
-            "maximum minimum matmul logical_and logical_or neg abs sign square sqrt rsqrt reciprocal exp expm1 log "
-            "log1p sin cos tan asin acos atan sinh cosh tanh sigmoid relu erf conj real imag angle isfinite isnan "
-            "logical_not floor ceil round clone zeros_like ones_like logsumexp softmax log_softmax cumsum argmax "
-            "argmin clamp where permute transpose flatten unsqueeze"
-        ).split()
-    },
+    **{name: getattr(torch, name) for name in _SAME.split()},
     **{name: _with_dim(getattr(torch, name)) for name in ("sum", "mean", "std", "var", "argmax", "argmin")},
     **{name: _without_none(getattr(torch, name)) for name in ("amax", "amin", "all", "any")},
     "softplus": F.softplus,

@@ -26,7 +26,10 @@ from pullback_wire import Reason
 
 Code = Callable[..., Any]
 
-_PLAIN_VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
+_PLAIN_VALUES = (
+    *(int, float, complex, str, bytes, type(None), enum.Enum, type, types.BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.Tensor),
+)
 _OWN = frozenset(vars(nn.Module()))
 
 
@@ -51,7 +54,7 @@ _TRAP = _trap()
 
 def _is_plain(value: Any) -> bool:
     """Whether an attribute surely leads to no module."""
-    if isinstance(value, _PLAIN_VALUES) or isinstance(value, (torch.Tensor, types.BuiltinFunctionType, type)):
+    if isinstance(value, _PLAIN_VALUES):
         return True
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None

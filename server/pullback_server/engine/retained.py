@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-_expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
-_free = torch.UntypedStorage._free_weak_ref  # type: ignore[attr-defined]
+_Storage: Any = torch.UntypedStorage
+_expired = _Storage._expired
+_free = _Storage._free_weak_ref
 
 #: Mark in a node's metadata: what it saved is noted, and so is all that lies behind it.
 _NOTED = "pullback.noted"
@@ -86,20 +87,24 @@ class Ledger:
         self._total = 0
         self._changes = 0
 
-    def exempt(self, storages: Iterable[torch.UntypedStorage]) -> None:
+    def exempt(self, storages: Iterable[Any]) -> None:
         """Storages that are not the session's."""
         for storage in storages:
             if storage._cdata not in self._hosted:
-                self._hosted.add(storage._weak_ref())  # type: ignore[attr-defined]
+                self._hosted.add(storage._weak_ref())
 
     def is_exempt(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in memory of a hosted model."""
         return bool(self._hosted) and tensor.untyped_storage()._cdata in self._hosted
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in memory that is noted already."""
+        return tensor.untyped_storage()._cdata in self._bytes
+
     def note(self, tensor: torch.Tensor) -> None:
         """A tensor that the session holds."""
         try:
-            storage = tensor.untyped_storage()
+            storage: Any = tensor.untyped_storage()
         # Sparse and other kinds without one storage.
         except (NotImplementedError, RuntimeError):
             return
@@ -107,13 +112,13 @@ class Ledger:
         if key in self._bytes or key in self._hosted:
             return
         size = storage.nbytes()
-        self._bytes[storage._weak_ref()] = size  # type: ignore[attr-defined]
+        self._bytes[storage._weak_ref()] = size
         self._total += size
         self._changes += 1
 
     def note_graph(self, tensors: Iterable[torch.Tensor]) -> None:
         """What the graphs behind some tensors saved, as far as it is not noted yet."""
-        stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        stack: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
         note = self.note
         while stack:
             node = stack.pop()

@@ -141,7 +141,7 @@ class Tape:
                 made = []
             case ops.Broken():
                 record = op.fault
-                raise Fault(Reason(record.reason), record.message, record.field, record.retry_after)
+                raise Fault(Reason[record.reason], record.message, record.field, record.retry_after)
         if not isinstance(op, (ops.Put, ops.Get)):
             self._afford(made)
         result = self._result(made, fetch, fetch_below, job.max_result_bytes)

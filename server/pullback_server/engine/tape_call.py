@@ -1,4 +1,4 @@
-"""The ops of a session that make tensors from tensors: models, losses and tensor operations, and leaves of parameters."""
+"""The ops of a session that make tensors: calls of models, losses and tensor operations, and leaves of parameters."""
 
 from __future__ import annotations
 

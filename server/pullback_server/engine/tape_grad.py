@@ -195,7 +195,7 @@ class Backward:
                 torch.autograd.grad(
                     outputs,
                     inputs,
-                    given,  # type: ignore[arg-type]
+                    given,
                     self.retain if retain is None else retain,
                     self.op.create_graph,
                     allow_unused=True,
@@ -233,7 +233,7 @@ class Backward:
                     torch.autograd.grad(
                         outputs,
                         inputs,
-                        given,  # type: ignore[arg-type]
+                        given,
                         # One by one, it may have to run again.
                         True,
                         self.op.create_graph,
@@ -325,7 +325,15 @@ def grad(op: ops.Grad, operands: Operands, ledger: Ledger, room: int) -> Made:
         )
     lineage = backward.lineage
     lineage = replace(lineage, order=lineage.order + 1) if op.create_graph else PLAIN
-    return [
-        (handle, "", None if gradient is None else Held(gradient, lineage if gradient.requires_grad else PLAIN))
-        for handle, gradient in zip(op.handles, found, strict=True)
-    ]
+    made: Made = []
+    own: set[int] = set()
+    for handle, gradient in zip(op.handles, found, strict=True):
+        if gradient is None:
+            made.append((handle, "", None))
+            continue
+        # The gradient of a sum is the very tensor that was given, for each term. Handles do not share memory for that.
+        if ledger.knows(gradient) or gradient.untyped_storage()._cdata in own:
+            gradient = gradient.clone()
+        own.add(gradient.untyped_storage()._cdata)
+        made.append((handle, "", Held(gradient, lineage if gradient.requires_grad else PLAIN)))
+    return made

@@ -9,7 +9,7 @@ import asyncio
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from pullback_server.job import Job, Outcome, Signature
 from pullback_server.ops import SessionJob, SessionOutcome
@@ -75,7 +75,10 @@ class Upload(Protocol):
 
 
 class Pending(Protocol):
-    """An op that was sent."""
+    """An op that was sent. answered: done, with whatever result, when the worker has answered it, or it was abandoned."""
+
+    @property
+    def answered(self) -> asyncio.Future[Any]: ...
 
     async def reply(self) -> Reply:
         """Raises Fault, WorkerLost. Cancelling this abandons the op."""

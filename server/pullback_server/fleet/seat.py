@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -93,6 +94,10 @@ class LocalPending:
         self.job = job
         self.views = views
         self.deadline = deadline
+
+    @property
+    def answered(self) -> asyncio.Future[Any]:
+        return self.posted.answer
 
     async def reply(self) -> LocalReply:
         return await self._seat.answer(self)

@@ -8,12 +8,12 @@ from concurrent.futures import Executor
 
 from pullback_server import ops
 from pullback_server.faults import Fault
-from pullback_server.fleet.seam import Reply
+from pullback_server.fleet.seam import Reply, WorkerLost
 from pullback_server.rpc import status
 from pullback_server.rpc.answer import response, tensors_of
 from pullback_server.rpc.ops import result_of
 from pullback_server.rpc.request import wire_path
-from pullback_server.rpc.sending import Op
+from pullback_server.rpc.sending import Op, until_told
 from pullback_server.rpc.transfers import Outbox
 from pullback_wire import encode
 from pullback_wire.v1 import session_service_pb2 as pb
@@ -35,26 +35,28 @@ class AnswerWriter:
         self._executor = executor
         self._room = _ROOM if outbox.chunks else most
 
-    async def write(self, op: Op) -> tuple[str, int]:
-        """Waits for an op and writes what it came to. Returns its status code's name and the bytes of its values."""
+    async def write(self, op: Op) -> str:
+        """Waits for an op and writes what it came to. Returns its status code's name."""
         fault = op.fault
         reply: Reply | None = None
-        if op.answer is not None:
+        if op.way is not None:
             try:
-                reply = await op.answer
+                reply = await op.way.reply()
             except Fault as error:
                 fault = fault or error
+            except WorkerLost:
+                await until_told()
+                raise
         if reply is None:
             assert fault is not None
             if op.job is not None:
                 fault.field = wire_path(fault.field, op.job)
             frame = pb.SessionResponse(op=op.number, status=status.op_status(fault))
             await self._write(frame.SerializeToString())
-            return str(status.grpc_code(fault.reason).name), 0
+            return str(status.grpc_code(fault.reason).name)
         with reply:
-            size = sum(len(payload) for payload in reply.payloads)
             await self._write_reply(op, reply)
-        return "OK", size
+        return "OK"
 
     async def _write_reply(self, op: Op, reply: Reply) -> None:
         frame = pb.SessionResponse(op=op.number)

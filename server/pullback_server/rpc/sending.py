@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pullback_server import ops
 from pullback_server.faults import Fault
-from pullback_server.fleet.seam import Reply, Upload, WorkerLost
+from pullback_server.fleet.seam import Upload, WorkerLost
 from pullback_server.job import FaultRecord, Job
 from pullback_server.rpc import status
 from pullback_server.rpc.ops import OpTranslator, handles_of, tensors_in
@@ -19,12 +19,16 @@ from pullback_wire import Reason, WireError
 from pullback_wire.v1 import session_service_pb2 as pb
 
 
+#: Payloads of more bytes are copied to the worker off the event loop.
+_AT_ONCE = 256 << 10
+
+
 @dataclass(eq=False)
 class Op:
     """An op from its arrival until its answer is written.
 
     kind: "put", "call", ... bytes: of its payloads. job: of a stateless op. fault: why it was refused on its way.
-    answer: absent where the worker need not know of it.
+    way: absent where the worker need not know of it.
     """
 
     number: int
@@ -35,7 +39,7 @@ class Op:
     fault: Fault | None = None
     arrived: float = field(default_factory=time.monotonic)
     job: Job | None = None
-    answer: asyncio.Task[Reply] | None = None
+    way: OnItsWay | None = None
 
 
 class Sender:
@@ -56,10 +60,10 @@ class Sender:
         self._budget = budget
         self._max_result_bytes = max_result_bytes
         self._seconds = seconds
-        #: Places at the worker that are held.
-        self._ways: set[OnItsWay] = set()
-        #: Bytes of replies that have not been written.
-        self.unwritten = 0
+
+    def ready(self, op: Op) -> bool:
+        """Whether `send` would return without having waited."""
+        return op.bytes <= _AT_ONCE and self._pinned.free
 
     async def send(self, op: Op) -> None:
         """Returns when the op is on its way, or has failed. Raises Fault when the session cannot go on."""
@@ -78,18 +82,13 @@ class Sender:
         except (Fault, WireError) as error:
             await self._refuse(op, error if isinstance(error, Fault) else status.as_fault(error))
         except WorkerLost:
-            await _until_told()
+            await until_told()
         else:
-            self._expect(op, way)
+            op.way = way
         finally:
             # Those that went with the op are not here any more.
             for upload in uploads:
                 upload.drop()
-
-    def give_up(self) -> None:
-        """Gives the places at the worker back."""
-        for way in self._ways:
-            way.give_up()
 
     def _job(self, op: Op, what: ops.Op) -> ops.SessionJob:
         return ops.SessionJob(
@@ -112,28 +111,12 @@ class Sender:
         try:
             way = await self._pinned.post(broken, (), time.monotonic() + self._seconds)
         except WorkerLost:
-            await _until_told()
+            await until_told()
         except Fault as another:
             # Ops that depend on this one would not learn of it.
             raise Fault(Reason.SESSION_LOST, f"the session cannot go on: {another.message}") from another
         else:
-            self._expect(op, way)
-
-    def _expect(self, op: Op, way: OnItsWay) -> None:
-        self._ways.add(way)
-        op.answer = asyncio.create_task(self._reply(way))
-
-    async def _reply(self, way: OnItsWay) -> Reply:
-        # In a task, so that its place goes to others as soon as it is computed, however slow the client reads.
-        try:
-            reply = await way.reply()
-        except WorkerLost:
-            await _until_told()
-            raise
-        finally:
-            self._ways.discard(way)
-        self.unwritten += sum(len(payload) for payload in reply.payloads)
-        return reply
+            op.way = way
 
     def _with_uploads(
         self, frame: pb.SessionRequest, payloads: Sequence[memoryview], uploads: list[Upload]
@@ -150,6 +133,6 @@ class Sender:
         return found
 
 
-async def _until_told() -> None:
+async def until_told() -> None:
     """The worker is gone; the session's own task learns of that as well, and cancels whoever waits here."""
     await asyncio.Event().wait()

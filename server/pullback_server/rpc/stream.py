@@ -26,8 +26,9 @@ from pullback_wire.v1 import session_service_pb2 as pb
 #: Ops in flight, and bytes of the tensors in their frames; what comes on top is refused, for reading never waits.
 MAX_OPS = 4096
 MAX_OP_BYTES = 512 << 20
-#: Bytes of answers that may wait to be written before no more ops are sent to the worker.
-_MAX_UNWRITTEN = 64 << 20
+#: Ops that were sent and whose answers are not written: no more are sent until some are, so that a client which does
+#: not read holds only so many results in the worker.
+_MAX_UNWRITTEN = 64
 #: Seconds without an op after which a session ends early when the server is shutting down.
 _QUIET = 2.0
 
@@ -111,11 +112,10 @@ class Stream:
         finally:
             for task in (*tasks, lost):
                 task.cancel()
-            for op in self._answers:
-                if op.answer is not None:
-                    op.answer.cancel()
-            self._sender.give_up()
             await asyncio.gather(*tasks, lost, return_exceptions=True)
+            for op in self._answers:
+                if op.way is not None:
+                    op.way.give_up()
             self._inbox.close()
 
     def go_away(self, seconds: float, reason: str) -> None:
@@ -155,11 +155,17 @@ class Stream:
             elif kind is None and (frame.op or frame.release):
                 raise ProtocolBreach(f"op {frame.op} is of no kind")
             elif kind not in ("heartbeat", None):
-                self._take(frame, kind, payloads)
+                op = self._take(frame, kind, payloads)
+                if self._resting and self._sender.ready(op):
+                    # As the sender would, without waking its task.
+                    await self._send(op)
+                else:
+                    self._ops.append(op)
+                    self._op_came.set()
         self._ended = True
         self._op_came.set()
 
-    def _take(self, frame: pb.SessionRequest, kind: str, payloads: Sequence[memoryview]) -> None:
+    def _take(self, frame: pb.SessionRequest, kind: str, payloads: Sequence[memoryview]) -> Op:
         if frame.op <= self._latest:
             raise ProtocolBreach(f"op {frame.op} comes after op {self._latest}; ops count up")
         self._latest = frame.op
@@ -176,8 +182,7 @@ class Stream:
             )
             payloads, size = (), 0
         self._op_bytes += size
-        self._ops.append(Op(frame.op, kind, frame, payloads, size, refused))
-        self._op_came.set()
+        return Op(frame.op, kind, frame, payloads, size, refused)
 
     # Sending to the worker, op after op.
 
@@ -190,17 +195,25 @@ class Stream:
                     return
                 self._op_came.clear()
                 await self._op_came.wait()
-            while self._sender.unwritten > _MAX_UNWRITTEN:
+            while len(self._answers) >= _MAX_UNWRITTEN:
                 self._written.clear()
                 await self._written.wait()
-            op = self._ops.popleft()
-            try:
-                await self._sender.send(op)
-            finally:
-                self._op_bytes -= op.bytes
-                op.payloads = ()
-            self._answers.append(op)
-            self._answer_came.set()
+            await self._send(self._ops[0])
+            self._ops.popleft()
+
+    @property
+    def _resting(self) -> bool:
+        """Whether the sender has nothing to do, and may do something."""
+        return not self._ops and len(self._answers) < _MAX_UNWRITTEN
+
+    async def _send(self, op: Op) -> None:
+        try:
+            await self._sender.send(op)
+        finally:
+            self._op_bytes -= op.bytes
+            op.payloads = ()
+        self._answers.append(op)
+        self._answer_came.set()
 
     # Writing.
 
@@ -212,13 +225,11 @@ class Stream:
                 self._answer_came.clear()
                 await self._answer_came.wait()
             op = self._answers[0]
-            code, size = await self._writer.write(op)
-            self._sender.unwritten -= size
-            self._written.set()
+            code = await self._writer.write(op)
             self._answers.popleft()
+            self._written.set()
             self._busy = time.monotonic()
-            self._metrics.session_ops.labels(op.kind, code).inc()
-            self._metrics.session_op_seconds.labels(op.kind).observe(self._busy - op.arrived)
+            self._metrics.session_op(op.kind, code, self._busy - op.arrived)
 
     async def _write(self, data: bytes) -> None:
         async with self._writing:

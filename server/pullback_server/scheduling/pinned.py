@@ -24,6 +24,11 @@ class Pinned:
         """Raises Fault (NOT_READY)."""
         return cls(scheduler, *await scheduler.sit(deadline))
 
+    @property
+    def free(self) -> bool:
+        """Whether `post` would not have to wait for its turn."""
+        return self._scheduler.has_place_on(self.worker)
+
     async def post(
         self, job: Job | SessionJob, payloads: Sequence[Buffer], deadline: float, uploads: Sequence[Upload] = ()
     ) -> OnItsWay:
@@ -44,20 +49,19 @@ class Pinned:
 
 
 class OnItsWay:
-    """An op that was sent. It has its place until `reply` returns or `give_up` is called. queued: seconds it waited."""
+    """An op that was sent. It has its place until it is answered or `give_up` is called. queued: seconds it waited."""
 
     def __init__(self, scheduler: Scheduler, worker: Worker, pending: Pending, queued: float) -> None:
         self._scheduler = scheduler
         self._worker: Worker | None = worker
         self._pending = pending
         self.queued = queued
+        # The place goes to others as soon as the op is computed, however long its answer is on its way.
+        pending.answered.add_done_callback(lambda _: self.give_up())
 
     async def reply(self) -> Reply:
-        """Raises Fault, WorkerLost."""
-        try:
-            return await self._pending.reply()
-        finally:
-            self.give_up()
+        """Raises Fault, WorkerLost. Cancelling this abandons the op."""
+        return await self._pending.reply()
 
     def give_up(self) -> None:
         """Gives the place back."""

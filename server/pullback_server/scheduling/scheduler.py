@@ -128,6 +128,10 @@ class Scheduler:
                 raise Fault(Reason.NOT_READY, "no worker is ready; they are starting", "", 1.0)
             await asyncio.sleep(_LOOK_AGAIN)
 
+    def has_place_on(self, worker: Worker) -> bool:
+        """Whether `place_on` would return at once."""
+        return not self._queue and (worker.state is not WorkerState.READY or self._load(worker) < STAGED)
+
     async def place_on(self, worker: Worker, deadline: float) -> None:
         """Waits for a place on one worker, which `release` gives back. Raises Fault (DEADLINE_EXCEEDED)."""
         if not self._queue and self._reserve_on(worker):

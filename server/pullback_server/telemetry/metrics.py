@@ -38,6 +38,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._of_ops: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self.requests = Counter(
             "pullback_requests",
             "Calls answered, by RPC, hosted model and gRPC status code.",
@@ -100,6 +101,15 @@ class Metrics:
         self.bytes_in_flight = Gauge(
             "pullback_bytes_in_flight", "Bytes of tensors of the calls being computed.", registry=self.registry
         )
+
+    def session_op(self, op: str, code: str, seconds: float) -> None:
+        """An op of a session was answered."""
+        found = self._of_ops.get((op, code))
+        if found is None:
+            # Looking children up by label takes longer than all the rest.
+            found = self._of_ops[op, code] = (self.session_ops.labels(op, code), self.session_op_seconds.labels(op))
+        found[0].inc()
+        found[1].observe(seconds)
 
     def watch(
         self,
