@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,26 +30,30 @@ def choose_session(
 ) -> Session:
     """The session for an op on these tensors.
 
-    It is the one that holds those which have no data here; else that of the `with` around; else one that has met any
-    of them; else the client's own.
+    It is the one that holds those which have no data here; else one that a tensor was made for; else that of the
+    `with` around; else one that has met any of them; else the client's own.
 
     Raises BadHandle for tensors of different sessions, SessionLost, RuntimeError where it is unclear.
     """
     bound: Session | None = None
+    home: Session | None = None
     met: Session | None = None
+    wanted = transport
     for tensor in tensors:
+        wanted = wanted or tensor.transport
         session = tensor.bound_session
         if session is None:
             continue
-        if tensor.is_portable:
-            met = met or (session if session.usable else None)
-        elif bound is not None and bound is not session:
-            raise errors.BadHandle(
-                f"tensors of two sessions meet: {bound!r} and {session!r}; carry one over with "
-                "session.tensor(t.numpy()), which cuts its graph"
-            )
-        else:
+        if not tensor.is_portable:
+            if bound is not None and bound is not session:
+                raise errors.BadHandle(
+                    f"tensors of two sessions meet: {bound!r} and {session!r}; carry one over with "
+                    "session.tensor(t.numpy()), which cuts its graph"
+                )
             bound = session
+        elif session.usable:
+            home = home or (session if tensor.is_at_home else None)
+            met = met or session
     if bound is not None:
         if transport is not None and bound.transport.address != transport.address:
             raise errors.BadHandle(
@@ -56,21 +61,11 @@ def choose_session(
                 "carry it over with client.tensor(t.numpy()), which cuts its graph"
             )
         return bound
-    if met is not None and transport is not None and met.transport.address != transport.address:
-        met = None
-    try:
-        return session_now(transport, model) if met is None else _around(transport) or met
-    except RuntimeError:
-        if met is None:
-            raise
-        return met
-
-
-def _around(transport: Transport | None) -> Session | None:
     around = current.get()
-    if around is not None and transport is not None and around.transport.address != transport.address:
-        return None
-    return around
+    for session in (home, around, met):
+        if session is not None and (transport is None or session.transport.address == transport.address):
+            return session
+    return session_now(wanted, model)
 
 
 class Arguments:
@@ -209,7 +204,10 @@ def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: 
         target.changed()
         if recording and rest.requires_grad:
             target.kin.tainted = True
-            target.kin.leaves = merged([target.kin.leaves, rest.leaves()])
+            leaves = rest.leaves()
+            target.kin.leaves = merged([target.kin.leaves, leaves])
+            for leaf in leaves.values():
+                session.written[id(leaf)] = weakref.ref(leaf)
     return target
 
 

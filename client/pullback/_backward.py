@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,8 @@ def backward(
     wrt: Leaves = {}
     if inputs is None:
         wrt.update((ref, leaf) for ref, leaf in run.leaves.items() if leaf.may_require_grad)
-        wrt.update(_retained(run.session))
+        wrt.update(_remembered(run.session, run.session.retained))
+        wrt.update(_remembered(run.session, run.session.written))
         if not wrt:
             raise errors.NotDifferentiable("no leaf that requires grad is known to lie behind the tensor")
     else:
@@ -143,23 +145,25 @@ def _accumulate(session: Session, pairs: Sequence[tuple[Tensor, Tensor]], create
         arguments = Arguments(session)
         operands = {"input": arguments.operand(before, "grad"), "other": arguments.operand(gradient, "gradient")}
         fetch = FETCH_BELOW if tensor.fetches_grad else 0
-        pending = session.call("add", operands, no_grad=not create_graph, fetch_below=fetch)
+        # A sum with what has a graph has one, as in torch.
+        graph = create_graph or before.may_require_grad
+        pending = session.call("add", operands, no_grad=not graph, fetch_below=fetch)
         arguments.sent(pending.epoch)
         sent.append((tensor, arguments, pending))
     for tensor, arguments, pending in sent:
         (info,) = session.settle(pending)
-        leaves = arguments.leaves() if create_graph else {}
+        leaves = arguments.leaves() if info.requires_grad else {}
         tensor._grad = Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, Kin())
 
 
-def _retained(session: Session) -> Leaves:
-    """Tensors with retain_grad()."""
+def _remembered(session: Session, references: dict[int, weakref.ref[Tensor]]) -> Leaves:
+    """Those that live and require grad."""
     found: Leaves = {}
-    for key, reference in list(session.retained.items()):
+    for key, reference in list(references.items()):
         tensor = reference()
         if tensor is None:
-            session.retained.pop(key, None)
-        elif tensor._ref is not None and tensor._ref.session is session:
+            references.pop(key, None)
+        elif tensor._ref is not None and tensor._ref.session is session and tensor.may_require_grad:
             found[tensor._ref] = tensor
     return found
 

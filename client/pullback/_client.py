@@ -84,9 +84,9 @@ class Client:
 
         It is used in the session of the `with client.session():` around, else in the client's own.
         """
-        from pullback._current import session_now
+        from pullback._tensor import tensor
 
-        return session_now(self._transport).tensor(data, requires_grad, dtype)
+        return tensor(data, requires_grad, dtype, session=self._transport)
 
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """The hosted models, sorted by name, the latest version of each, without their parameter lists.

@@ -7,6 +7,7 @@ import copy
 import json
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,10 @@ class Session:
         #: Parameters that were taken, by model and version: later calls of the model use them.
         self.model_parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
         #: Tensors that keep their grad though they are no leaves, by id.
-        self.retained: dict[int, Any] = {}
+        self.retained: dict[int, weakref.ref[Tensor]] = {}
+        #: Leaves that were written into other tensors in place, where a graph may lead without the client's knowledge
+        #: (two outputs of a model may be one tensor).
+        self.written: dict[int, weakref.ref[Tensor]] = {}
         self._stream = _open(transport, models, self.deadline(None))
 
     def __repr__(self) -> str:
@@ -387,6 +391,7 @@ class Session:
         """Ends the session and frees everything that it holds on the server. Closing twice is harmless."""
         self.model_parameters.clear()
         self.retained.clear()
+        self.written.clear()
         self._stream.close()
 
     def __enter__(self) -> Session:

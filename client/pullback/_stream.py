@@ -119,6 +119,7 @@ class Stream:
         self.opened = reply.message.opened
         self._credit.left += self.opened.credit_bytes
         self._silence = self.opened.heartbeat_timeout.ToTimedelta().total_seconds() or _HEARTBEAT_TIMEOUT
+        ticker().by(self._sent + self._silence / 3)
 
     def send(
         self, frame: pb.SessionRequest, payloads: Sequence[Buffer], reply: Reply | None = None, changes: bool = False
@@ -138,9 +139,8 @@ class Stream:
             data = encode_message(frame, payloads)
             if len(data) > self.limit:
                 self.released.extend(taken)
-                raise errors.MessageTooLarge(
-                    f"{'' if reply is None else reply.what}: the frame has {len(data):,} bytes, the limit is {self.limit:,}"
-                )
+                what = "session" if reply is None else reply.what
+                raise errors.MessageTooLarge(f"{what}: the frame has {len(data):,} bytes, the limit is {self.limit:,}")
             if reply is not None:
                 self._op = reply.op = frame.op
                 self.epoch += changes

@@ -13,6 +13,7 @@ from pullback._arrays import Array, as_array, is_differentiable, tensor_dtype
 from pullback._lineage import Kin, Leaves, Ref
 from pullback._methods import Methods
 from pullback._session import HandleInfo, Pending, Session
+from pullback._transport import Transport
 
 #: Values of at most so many bytes are kept here once they were read.
 _CACHED_BYTES = 1 << 20
@@ -62,7 +63,7 @@ class Tensor(Methods):
     _dtype: np.dtype[Any]
     _shape: tuple[int, ...]
 
-    def __init__(self, data: Array, requires_grad: bool = False, home: Session | None = None) -> None:
+    def __init__(self, data: Array, requires_grad: bool = False, home: Session | Transport | None = None) -> None:
         """data: belongs to the tensor from now on. Users call `pullback.tensor`."""
         if requires_grad and not is_differentiable(data):
             raise errors.NotDifferentiable(
@@ -91,7 +92,8 @@ class Tensor(Methods):
     @classmethod
     def _bare(cls, ref: Ref, leaves: Leaves, kin: Kin) -> Tensor:
         self = cls.__new__(cls)
-        self._data = self._pending = self._home = self._grad = None
+        self._data = self._pending = self._grad = None
+        self._home = ref.session
         self._requires_grad = False
         self._leaf = False
         self._ref, self._leaves, self.kin = ref, leaves, kin
@@ -151,7 +153,19 @@ class Tensor(Methods):
     @property
     def bound_session(self) -> Session | None:
         """The session that holds it, or that it was made for."""
-        return self._home if self._ref is None else self._ref.session
+        if self._ref is not None:
+            return self._ref.session
+        return self._home if isinstance(self._home, Session) else None
+
+    @property
+    def is_at_home(self) -> bool:
+        """Whether `bound_session` is the session that it was made for."""
+        return self._home is not None and self._home is self.bound_session
+
+    @property
+    def transport(self) -> Transport | None:
+        """Of the client that it was made for."""
+        return self._home if isinstance(self._home, Transport) else None
 
     @property
     def is_portable(self) -> bool:
@@ -352,14 +366,16 @@ class Tensor(Methods):
         return shown(self)
 
 
-def tensor(data: Any, requires_grad: bool = False, dtype: Any = None, *, session: Session | None = None) -> Tensor:
+def tensor(
+    data: Any, requires_grad: bool = False, dtype: Any = None, *, session: Session | Transport | None = None
+) -> Tensor:
     """A tensor with a copy of `data`, which is sent to a server with the first op that uses it.
 
     data: an array, a number or nested lists of numbers. Arrays keep their dtype; Python floats become float32, ints
         int64, as in torch.
     dtype: another dtype: numpy's, torch's, or a name.
-    session: where it will be used; None: in that of the tensors or of the model it meets, else in that of the
-        `with client.session():` around, else in the client's own.
+    session: where, or by which client, it will be used; None: in that of the tensors or of the model it meets, else in
+        that of the `with client.session():` around, else in the client's own.
 
     Raises TypeError, ValueError; NotDifferentiable for requires_grad with a dtype that has no gradients.
     """

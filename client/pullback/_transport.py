@@ -57,7 +57,7 @@ class Transport:
     def __setstate__(self, state: tuple[Address, float | None, RetryPolicy]) -> None:
         self.address, self.timeout, self.retry = state
         self._channel = ForkAwareChannel(self.address)
-        self.belongings: dict[str, Any] = {}
+        self.belongings = {}
         self.everyone.add(self)
 
     def call(

@@ -456,7 +456,7 @@ def test_a_compiled_backward_is_never_differentiated() -> None:
     x = real(3).requires_grad_()
     y = inner(x)
     assert any(tripwire._COMPILED in type(node).__name__ for node in tripwire.nodes([y]))
-    hosted = jobs.host_function(lambda x: x).engine._find(jobs.make_job("evaluate", "f", {})[0])
+    hosted = jobs.host_function(lambda x: x).engine.find("f", "")
     with jobs.refused(Reason.ORDER_UNAVAILABLE, "compile"):
         tripwire.Tripwire(hosted, [y], jobs.Witness(), hooked=False, proof=False, composed=False)
 

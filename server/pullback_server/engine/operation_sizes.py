@@ -31,29 +31,48 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> int:
 def _index(tensor: torch.Tensor, items: tuple[Any, ...]) -> int:
     chosen = [item for item in items if isinstance(item, torch.Tensor) and item.dtype != torch.bool]
     if not chosen:
-        return tensor.numel()
+        masked = any(isinstance(item, torch.Tensor) for item in items)
+        return tensor.numel() if masked else 0
     # What is left of every axis is at most the axis; which of them the indices stand on is not looked at.
     smallest = math.prod(sorted(max(extent, 1) for extent in tensor.shape)[: len(chosen)])
     return _broadcast([item.shape for item in chosen]) * (tensor.numel() // max(smallest, 1))
 
 
+#: What makes no memory of its own, or no more than a small part of its operand's.
+_FREE = frozenset(
+    ["permute", "transpose", "squeeze", "unsqueeze", "detach", "conj", "real", "imag", "sum", "mean", "std", "var", "norm", "logsumexp", "amax", "amin", "all", "any", "argmax", "argmin", "requires_grad_", "zero_", "copy_", "add_", "sub_", "mul_", "div_"]
+)
+_OF_BOOL = frozenset(["eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "logical_and", "logical_or", "logical_not"])
+
+
+def expanded(first: torch.Tensor, shape: Any) -> int:
+    """Bytes that an expanded tensor would have as one of its own. Whatever is done with it takes as much, or as long."""
+    extents = [extent for extent in shape if isinstance(extent, int)] if isinstance(shape, list) else []
+    kept = max(first.numel(), 1)
+    for position, extent in enumerate(reversed(extents), 1):
+        if extent > 0:
+            own = first.shape[-position] if position <= first.ndim else 1
+            kept = kept * extent // max(own, 1)
+    return kept * first.itemsize
+
+
 def bytes_of(name: str, arguments: Sequence[Any], options: dict[str, Any]) -> int:
-    """An upper bound; for a view, what it would have as a tensor of its own."""
+    """An upper bound of the memory that the result takes."""
+    if name in _FREE or name == "expand":
+        return 0
     if name in ("cat", "stack"):
         return sum(tensor.numel() * tensor.itemsize for tensor in arguments[0])
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    width = max(tensor.itemsize for tensor in tensors)
     first = tensors[0]
+    if name in ("reshape", "flatten") and first.is_contiguous():
+        return 0
+    width = 1 if name in _OF_BOOL else max(tensor.itemsize for tensor in tensors)
     if name == "matmul" and len(tensors) == 2:
         return _matmul(first, tensors[1]) * width
     if name == "index":
         return _index(first, arguments[1]) * width
     if name == "to":
-        return first.numel() * max(width, int(options["dtype"].itemsize))
-    if name == "expand":
-        shape = options["shape"]
-        extents = [extent for extent in shape if isinstance(extent, int)] if isinstance(shape, list) else []
-        return abs(math.prod(extent for extent in extents if extent not in (-1, 0))) * first.numel() * width
+        return first.numel() * int(options["dtype"].itemsize)
     if len(tensors) > 1 and any(tensor.shape != first.shape for tensor in tensors):
         return _broadcast([tensor.shape for tensor in tensors]) * width
     return first.numel() * width

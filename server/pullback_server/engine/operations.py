@@ -14,8 +14,8 @@ from pullback_server import ops
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.call import out_of_memory, text_of
 from pullback_server.engine.operation_options import check_index, index_of, option_value, options_of
-from pullback_server.engine.operation_sizes import bytes_of
-from pullback_server.engine.tape_state import Held, Lineage, Operands, merged
+from pullback_server.engine.operation_sizes import bytes_of, expanded
+from pullback_server.engine.tape_state import Afford, Held, Lineage, Operands, merged
 from pullback_server.faults import Fault, nearest
 from pullback_wire import Reason
 from pullback_wire.operations import OPERATIONS, Operation
@@ -102,10 +102,10 @@ class Applied:
     changed: Held | None = None
 
 
-def apply(callee: ops.Operation, call: ops.Call, operands: Operands, room: int) -> Applied:
+def apply(callee: ops.Operation, call: ops.Call, operands: Operands, afford: Afford) -> Applied:
     """Applies one operation.
 
-    room: bytes that its result may have. Raises Fault, Dependency, and what torch raises when memory runs out.
+    Raises Fault, Dependency, and what torch raises when memory runs out.
     """
     operation = OPERATIONS.get(callee.name)
     if operation is None or callee.name not in _CODE:
@@ -119,12 +119,9 @@ def apply(callee: ops.Operation, call: ops.Call, operands: Operands, room: int) 
     options = options_of(operation, callee.options)
     helds, arguments, options = _arguments(operation, call.inputs, options, operands)
     tensors = [held.tensor for held in helds]
-    size = bytes_of(operation.name, arguments, options)
-    if size > room:
-        raise Fault(
-            Reason.SESSION_BUDGET,
-            f"{operation.name} of {_shown(tensors)} would have {size} bytes, the session may hold {room} more",
-        )
+    if operation.name == "expand":
+        afford.at_all(expanded(tensors[0], options["shape"]))
+    afford(bytes_of(operation.name, arguments, options))
     torch._C._set_grad_enabled(not call.no_grad)
     try:
         found = _CODE[operation.name](*arguments, **options)
@@ -152,10 +149,17 @@ def _arguments(
         inputs_by_name = {operand.name: operand for operand in inputs}
         if len(inputs_by_name) != len(inputs):
             raise Fault(Reason.BAD_OPERAND, f"{operation.name}: an operand is given twice", "inputs")
+    for name in inputs_by_name:
+        if name not in operation.tensors:
+            raise Fault(
+                Reason.BAD_OPERAND,
+                f"{operation.name} takes no tensor {name!r}; it takes {', '.join(operation.tensors)}",
+                f"inputs[{name}]",
+            )
     helds: list[Held] = []
     arguments: list[Any] = []
     for name in operation.tensors:
-        operand = inputs_by_name.pop(name, None)
+        operand = inputs_by_name.get(name)
         if operand is not None:
             if name in options:
                 raise Fault(
@@ -173,13 +177,6 @@ def _arguments(
                 f"{operation.name} needs {name!r}; it takes {', '.join(operation.tensors)}",
                 f"inputs[{name}]",
             )
-    if inputs_by_name:
-        name = next(iter(inputs_by_name))
-        raise Fault(
-            Reason.BAD_OPERAND,
-            f"{operation.name} takes no tensor {name!r}; it takes {', '.join(operation.tensors)}",
-            f"inputs[{name}]",
-        )
     if not helds:
         raise Fault(Reason.BAD_OPERAND, f"{operation.name} needs a tensor, there are numbers only", "inputs")
     if operation.in_place and not helds[0].handle:

@@ -17,7 +17,7 @@ from pullback_server.engine.guards import Ambience
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_call import Caller
 from pullback_server.engine.tape_grad import grad
-from pullback_server.engine.tape_state import Cause, Dependency, Handles, Held, Operands
+from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles, Held, Operands
 from pullback_server.faults import Fault
 from pullback_server.job import TensorRef
 from pullback_wire import Reason
@@ -43,8 +43,8 @@ class Tape:
     def __init__(self, engine: Engine, session: int, budget: int) -> None:
         self.session = session
         self._engine = engine
-        self._budget = budget
         self._ledger = Ledger()
+        self._afford = Afford(self._ledger, budget)
         self._handles = Handles(self._ledger)
         self._caller = Caller(engine, self._handles, self._ledger)
         self._retained = 0
@@ -75,7 +75,7 @@ class Tape:
         backward freed and handles that are marked as failed.
         """
         begin = time.perf_counter()
-        self._budget = job.budget
+        self._afford.budget = job.budget
         self._handles.release(job.release)
         try:
             with Ambience():
@@ -123,11 +123,11 @@ class Tape:
         match op:
             case ops.Call():
                 self._handles.check_free(op.handles)
-                made = self._caller.call(op, operands, job.number, self._room())
+                made = self._caller.call(op, operands, job.number, self._afford)
                 fetch, fetch_below = op.fetch, op.fetch_below
             case ops.Grad():
                 self._handles.check_free(op.handles)
-                made = grad(op, operands, self._ledger, self._room())
+                made = grad(op, operands, self._ledger, self._afford)
                 fetch, fetch_below = op.fetch, op.fetch_below
             case ops.Put():
                 made = [(value.keep, value.name, self._handles[value.keep]) for value in op.values]
@@ -143,7 +143,7 @@ class Tape:
                 record = op.fault
                 raise Fault(Reason[record.reason], record.message, record.field, record.retry_after)
         if not isinstance(op, (ops.Put, ops.Get)):
-            self._afford(made)
+            self._note(made)
         result = self._result(made, fetch, fetch_below, job.max_result_bytes)
         for handle, _, held in made:
             if held is not None and held.handle == 0:
@@ -159,33 +159,18 @@ class Tape:
             return
         self._handles.check_free([operand.keep for operand, _ in kept])
         leaves = [(operand.keep, operands.leaf(operand, field)) for operand, field in kept]
-        size = sum(held.tensor.untyped_storage().nbytes() for _, held in leaves)
-        if size > self._room():
-            self._ledger.settle()
-            if size > self._room():
-                raise self._over(self._ledger.total() + size)
+        self._afford(sum(held.tensor.untyped_storage().nbytes() for _, held in leaves))
         for handle, held in leaves:
             self._handles.store(handle, held)
 
-    def _room(self) -> int:
-        """How many bytes more the session may hold."""
-        return self._budget - self._ledger.bound
-
-    def _afford(self, made: Made) -> None:
+    def _note(self, made: Made) -> None:
         """Notes what an op made. Raises Fault (SESSION_BUDGET)."""
         tensors = [held.tensor for _, _, held in made if held is not None]
         for tensor in tensors:
             self._ledger.note(tensor)
         self._ledger.note_graph(tensors)
-        if self._room() < 0 and (held := self._ledger.settle()) > self._budget:
-            raise self._over(held)
-
-    def _over(self, size: int) -> Fault:
-        return Fault(
-            Reason.SESSION_BUDGET,
-            f"the session holds {self._retained} bytes and would hold {size}, its budget is {self._budget}; release "
-            "tensors, or run backward without retain_graph",
-        )
+        if self._ledger.bound > self._afford.budget and (held := self._ledger.settle()) > self._afford.budget:
+            raise self._afford.over(self._retained, held)
 
     def _result(self, made: Made, fetch: Sequence[int], fetch_below: int, limit: int) -> TapeResult:
         """The answer, with the values that were asked for. Raises Fault (RESULT_TOO_LARGE)."""

@@ -18,7 +18,7 @@ from pullback_server.engine.operations import Applied, apply
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_arguments import Named, by_name, model_inputs, model_parameters
 from pullback_server.engine.tape_model import Overwritten, Run, as_handles, run_model
-from pullback_server.engine.tape_state import PLAIN, Cause, Handles, Held, Lineage, Operands, merged
+from pullback_server.engine.tape_state import PLAIN, Afford, Cause, Handles, Held, Lineage, Operands, merged
 from pullback_server.faults import Fault
 from pullback_server.job import LossCall
 from pullback_wire import Reason
@@ -42,7 +42,7 @@ class Caller:
     def close(self) -> None:
         self._exempt.clear()
 
-    def call(self, op: ops.Call, operands: Operands, number: int, room: int) -> Made:
+    def call(self, op: ops.Call, operands: Operands, number: int, afford: Afford) -> Made:
         """Raises Fault, Dependency, and what torch raises when memory runs out."""
         match op.callee:
             case ops.Model() as callee:
@@ -50,7 +50,7 @@ class Caller:
             case ops.Loss(loss):
                 outputs, lineage = _loss(loss, op, operands)
             case ops.Operation() as callee:
-                applied = apply(callee, op, operands, room)
+                applied = apply(callee, op, operands, afford)
                 if applied.changed is not None:
                     return [(applied.changed.handle, "", self._changed(applied, applied.changed))]
                 outputs, lineage = {"output": applied.tensor}, applied.lineage

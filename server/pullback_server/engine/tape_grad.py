@@ -15,7 +15,7 @@ from pullback_server.engine.call import model_error, out_of_memory, text_of
 from pullback_server.engine.guards import plain_kernels, quiet_vmap, without_cudnn
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_orders import Watch
-from pullback_server.engine.tape_state import PLAIN, Held, Lineage, Operands, merged
+from pullback_server.engine.tape_state import PLAIN, Afford, Held, Lineage, Operands, merged
 from pullback_server.faults import Fault
 from pullback_wire import Reason
 
@@ -299,15 +299,12 @@ def _stacked(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack([torch.zeros_like(like).to_dense() if g is None else g.to_dense() for g in column])
 
 
-def grad(op: ops.Grad, operands: Operands, ledger: Ledger, room: int) -> Made:
+def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Made:
     """Runs a Grad op. Raises Fault, Dependency, and what torch raises when memory runs out."""
     backward = Backward(op, operands, operands.handles.planted)
-    needed = sum(held.tensor.nbytes for held in backward.inputs) * (backward.rows or 1)
-    if needed > room and needed > room + (ledger.bound - ledger.settle()):
-        raise Fault(
-            Reason.SESSION_BUDGET,
-            f"the gradients have {needed} bytes, the session may hold {room} more; release tensors",
-        )
+    # Each gradient is as large as its input, which the session holds already; rows may be many.
+    if backward.rows is not None:
+        afford(sum(held.tensor.nbytes for held in backward.inputs) * backward.rows)
     try:
         found = backward.run()
     finally:

@@ -190,6 +190,36 @@ class Handles:
         self._last.clear()
 
 
+class Afford:
+    """The budget of a session, asked before memory is taken."""
+
+    def __init__(self, ledger: Ledger, budget: int) -> None:
+        self._ledger = ledger
+        self.budget = budget
+
+    def __call__(self, size: int) -> None:
+        """Raises Fault (SESSION_BUDGET) where so many bytes more cannot be held."""
+        if self._ledger.bound + size > self.budget:
+            held = self._ledger.settle()
+            if held + size > self.budget:
+                raise self.over(held, held + size)
+
+    def at_all(self, size: int) -> None:
+        """Raises Fault (SESSION_BUDGET) for a tensor that no session could hold."""
+        if size > self.budget:
+            raise Fault(
+                Reason.SESSION_BUDGET,
+                f"the result would be a tensor of {size} bytes, the session's budget is {self.budget}",
+            )
+
+    def over(self, held: int, wanted: int) -> Fault:
+        return Fault(
+            Reason.SESSION_BUDGET,
+            f"the session holds {held} bytes and would hold {wanted}, its budget is {self.budget}; release tensors, or "
+            "run backward without retain_graph",
+        )
+
+
 class Operands:
     """Where an op's arguments come from: the session's handles and the op's own tensors."""
 
