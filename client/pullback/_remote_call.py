@@ -84,15 +84,15 @@ def take_parameters(caller: Caller, session: Session | None) -> dict[str, Tensor
     taken = session.model_parameters.get(model)
     if taken is None:
         info: ModelInfo = caller.info()
-        names = [spec.name for spec in info.parameters]
+        # Others, quantised ones for example, have no gradients; calls use the hosted ones.
+        specs = [one for one in info.parameters if one.dtype and one.dtype.startswith(("float", "bfloat", "complex"))]
+        names = [spec.name for spec in specs]
         taken = {}
         if names:
             handles = session.parameters(caller.name, caller.version, names)
             refs = [Ref(session, handle) for handle in handles]
-            if not session.pipelined:
-                session.synchronize()
-            for spec, ref in zip(info.parameters, refs, strict=True):
-                dtype = numpy_dtype(dtype_number(spec.dtype)) if spec.dtype else None
+            for spec, ref in zip(specs, refs, strict=True):
+                dtype = numpy_dtype(dtype_number(spec.dtype or ""))
                 shape = tuple(one for one in spec.shape or () if isinstance(one, int))
                 taken[spec.name] = Tensor.parameter(ref, dtype, shape)
         # Two threads may come here at once; the first one's stay.

@@ -92,9 +92,9 @@ class Pending:
             raise copy.copy(reply.error)
         return reply
 
-    def quiet(self) -> bool:
-        """Whether it has nothing to say that nobody has heard: it succeeded, or its failure was raised."""
-        return self._heard_of or (self._reply.done and self._reply.error is None)
+    def failed_unheard(self) -> bool:
+        """Whether it is known to have failed, and nobody was told."""
+        return self._reply.error is not None and not self._heard_of
 
 
 class Session:
@@ -297,7 +297,7 @@ class Session:
         return [value for value in values if value is not None]
 
     def parameters(self, model: str, version: str, names: Sequence[str]) -> list[int]:
-        """Handles for hosted parameters, as leaves that require grad, without waiting for the answer.
+        """Handles for hosted parameters, as leaves that require grad.
 
         They start with the hosted values and belong to the session.
         """
@@ -305,7 +305,9 @@ class Session:
         handles = list(range(first, first + len(names)))
         op = pb.ParametersOp(model=pb.ModelRef(name=model, version=version), names=names, handles=handles)
         writer = FrameWriter(self._stream, "parameters", 0.0)
-        self._submit(pb.SessionRequest(parameters=op), writer, f"parameters of {model!r}")
+        pending = self._submit(pb.SessionRequest(parameters=op), writer, f"parameters of {model!r}")
+        if not self.pipelined:
+            pending.result()
         return handles
 
     def stateless(self, op: pb.StatelessOp, writer: FrameWriter, what: str) -> Pending:
@@ -328,13 +330,14 @@ class Session:
         reply = Reply(what)
         self._stream.send(frame, writer.payloads, reply, changes)
         pending = Pending(self, reply)
-        self._unseen.append(pending)
+        if self.pipelined:
+            self._unseen.append(pending)
         if self._stream.in_flight > _IN_FLIGHT:
-            oldest = next((one._reply for one in list(self._unseen) if not one.done()), reply)
-            self._stream.wait(oldest.is_done, oldest.what, self.deadline(None))
-        while self._unseen and self._unseen[0].quiet():
-            self._unseen.popleft()
+            self._stream.wait(self._has_room, what, self.deadline(None))
         return pending
+
+    def _has_room(self) -> bool:
+        return self._stream.in_flight <= _IN_FLIGHT
 
     def settle(self, pending: Pending, timeout: float | None = None) -> list[HandleInfo]:
         """The result of `pending`, once every op sent before it is known to have succeeded.
@@ -351,20 +354,18 @@ class Session:
         return result
 
     def _raise_earlier(self, last: Pending) -> None:
-        while self._unseen and self._unseen[0].op <= last.op:
-            try:
+        first: Pending | None = None
+        with self._numbers:
+            while self._unseen and self._unseen[0].op <= last.op:
                 earlier = self._unseen.popleft()
-            except IndexError:
-                return
-            error = earlier._reply.error
-            if error is not None and not earlier.quiet():
-                # What fails because of it would only say the same again.
-                while self._unseen and self._unseen[0].op <= last.op:
-                    self._unseen.popleft()
-                raise _naming(copy.copy(error), earlier, True)
+                # What failed because of the first would only say the same again.
+                if first is None and earlier.failed_unheard():
+                    first = earlier
+        if first is not None and first._reply.error is not None:
+            raise _naming(copy.copy(first._reply.error), first, True)
 
     def synchronize(self, timeout: float | None = None) -> None:
-        """Waits until all ops that were sent are done. Raises the first failure that nobody has heard of yet."""
+        """In a pipelined session, waits until all ops are done. Raises the first failure that nobody has heard of."""
         if self._unseen:
             last = self._unseen[-1]
             self._stream.wait(last._reply.is_done, last._reply.what, self.deadline(timeout))

@@ -118,12 +118,11 @@ class Tensor(Methods):
         return self
 
     @classmethod
-    def parameter(cls, ref: Ref, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> Tensor:
+    def parameter(cls, ref: Ref, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Tensor:
         """A leaf that the session made of a hosted parameter."""
         self = cls._bare(ref, {}, Kin())
         self._leaf = self._requires_grad = True
-        self._dtype = np.dtype(np.float32) if dtype is None else dtype
-        self._shape = shape
+        self._dtype, self._shape = dtype, shape
         self.fetches_grad = False
         return self
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +16,27 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_first_example_of_the_readme(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    models, client = blocks[0], blocks[1]
+    models, client, stateless, module = blocks[:4]
     file = tmp_path / "models.py"
     file.write_text(models)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(models, names)
     energy = names["energy"]
     with Server(file, threads=1) as server:
         exec(client.replace("localhost:8470", server.target), names)
-    x = torch.from_numpy(np.asarray(names["x"])).requires_grad_()
-    value = energy(x)  # type: ignore[operator]
+        remote = names["energy"].item(), names["x"].grad.numpy()
+        exec(stateless, names)
+        exec(module, names)
+        layered = names["layer"](torch.from_numpy(names["positions"])).item()
+    x = torch.from_numpy(names["positions"]).requires_grad_()
+    value = energy(x)
     (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-    (curvature,) = torch.autograd.grad((gradient * torch.from_numpy(names["direction"])).sum(), x)
-    np.testing.assert_allclose(names["energy"], value.item())
-    np.testing.assert_allclose(names["grads"]["x"], gradient.detach().numpy(), rtol=1e-10)  # type: ignore[index]
-    np.testing.assert_allclose(names["curvature"], curvature.numpy(), rtol=1e-8)  # type: ignore[arg-type]
+    (curvature,) = torch.autograd.grad((gradient * torch.from_numpy(names["direction"])).sum(), x, retain_graph=True)
+    (stiffness,) = torch.autograd.grad(gradient.pow(2).sum(), x)
+    assert remote[0] == layered == names["energy"] == value.item()
+    np.testing.assert_allclose(remote[1], stiffness.numpy(), rtol=1e-10)
+    np.testing.assert_allclose(names["grads"]["x"], gradient.detach().numpy(), rtol=1e-10)
+    np.testing.assert_allclose(names["curvature"], curvature.numpy(), rtol=1e-8)
 
 
 def test_vibrations() -> None:

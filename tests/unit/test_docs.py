@@ -23,7 +23,15 @@ def declared(registry: CollectorRegistry) -> dict[str, str]:
 
 def test_metrics_table() -> None:
     metrics = Metrics()
-    metrics.watch(queued=lambda: 0, bytes_in_flight=lambda: 0, restarts=lambda: 0, workers=dict)
+    metrics.watch(
+        queued=lambda: 0,
+        bytes_in_flight=lambda: 0,
+        restarts=lambda: 0,
+        workers=dict,
+        sessions=lambda: 0,
+        handles=lambda: 0,
+        retained=lambda: 0,
+    )
     documented = {}
     for names, kind in re.findall(r"^\| (`pullback_.+?`) \| (\w+) \|", README, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):

@@ -199,10 +199,8 @@ def test_a_released_output_frees_its_graph() -> None:
     alive.clear()
     x = s.leaf(real(1000))
     y = s.model("f", [x])
-    y = s.model("f", [x])
-    held = s.retained
-    assert held > 8000 * 3
-    s.release(y, y - 1)
+    assert s.retained > 8000 * 2
+    s.release(y)
     assert s.retained == 8000
     gc.collect()
     assert all(ref() is None for ref in alive)
@@ -270,7 +268,7 @@ def test_the_budget() -> None:
     with refused(Reason.SESSION_BUDGET):
         s.model("cube", [y])
     assert s.retained == 80_000 and s.tape.live == 2
-    with refused(Reason.SESSION_BUDGET, "120000"):
+    with refused(Reason.SESSION_BUDGET, "200000"):
         s.grad(y, x, [real(3, 5000)], batched=True)
     # A release works, and comes before the op that needs it.
     s.releasing = [y]
@@ -326,7 +324,7 @@ def test_the_tensors_of_an_op_are_kept_as_they_are() -> None:
     assert s.tape._handles[1].tensor.data_ptr() == value.data_ptr()
 
 
-def test_ten_thousand_cycles_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_cycles_leave_nothing() -> None:
     s = Session(ZOO["small"])
     x = s.leaf(real(4, 3))
     s._next = 10

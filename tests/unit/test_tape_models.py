@@ -451,3 +451,54 @@ def test_seeds_and_process_state() -> None:
     s.model("rude", [x])
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     s.grad(s.op("sum", x), x)
+
+
+def test_a_reentrant_checkpoint_is_refused_with_what_to_do() -> None:
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.layer, x, use_reentrant=True)
+
+    s = Session(factory(Old))
+    x = s.leaf(real(2, 3))
+    y = s.model("f", [x])
+    with refused(Reason.UNSUPPORTED_BY_MODEL, "use_reentrant=False"):
+        s.grad(y, x, [real(2, 3)])
+
+
+def test_given_parameters_and_modes_in_any_order_leave_no_trace_in_the_module() -> None:
+    s = Session(factory(lambda: Net(True)))
+    module = s.module()
+    state = weights(s)
+    x = s.leaf(real(4, 3))
+    for train in (True, False, True):
+        for given in (None, {"head.weight": s.leaf(real(2, 8))}):
+            s.model("f", [x], train=train, parameters=given, seed=1)
+            with refused(Reason.MODEL_ERROR):
+                s.model("f", [s.op("reshape", x, shape=[3, 4])], train=train, parameters=given)
+    assert not any(child.training for child in module.modules())
+    assert all(type(p) is nn.Parameter and not p.requires_grad for p in module.parameters())
+    assert all(torch.equal(state[name], value) for name, value in weights(s).items())
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_weight_norm_by_hooks() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(3, 2).double()), nn.Tanh())
+
+    s = Session(factory(make))
+    value, v = real(4, 3), real(4, 2)
+    x = s.leaf(value)
+    own = {name: torch.randn_like(p) for name, p in make().named_parameters()}
+    handles = {name: s.leaf(tensor) for name, tensor in own.items()}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
+    expected = grad(functional_call(make(), leaves, (value,)), list(leaves.values()), v)
+    for _ in range(2):
+        y = s.model("f", [x], parameters=handles)
+        for handle, tensor in zip(s.grads(y, list(handles.values()), [v]), expected, strict=True):
+            close(s.get(handle), tensor)
+    close(s.get(s.model("f", [x])), make()(value).detach())

@@ -321,3 +321,18 @@ def test_attention_has_orders(max_order: int | None) -> None:
             close(second(), h)
         except Fault as fault:
             assert fault.reason is Reason.ORDER_UNAVAILABLE, fault
+
+
+@pytest.mark.parametrize("code", [Right, Hidden])
+def test_batched_gradients_are_watched_as_well(code: Any) -> None:
+    s = Session(function(lambda x: code.apply(x) + x.sin(), inputs=DECLARED))
+    value, rows = real(3), real(2, 3)
+    x = s.leaf(value)
+    y = s.model("f", [x])
+
+    def second() -> Tensor:
+        g = s.grad(y, x, [rows], batched=True, create_graph=True)
+        close(s.get(g), (3 * value**2 + value.cos()) * rows)
+        return s.get(s.grad(s.op("sum", g), x))
+
+    assert answered(second, ((6 * value - value.sin()) * rows).sum(0)) == (code is Right)

@@ -67,8 +67,8 @@ class HostedModel:
         self._snapshot: dict[str, torch.Tensor] | None = None
         #: Learned: its own code differentiates by its parameters.
         self.needs_natural = False
-        #: Modes (train or not) in which a call was seen to leave its inputs as they were.
-        self.spared_inputs: set[bool] = set()
+        #: Circumstances (tape_model) in which a call was seen to leave its inputs as they were.
+        self.spared_inputs: set[Any] = set()
         #: Learned: its graphs hold on to modules, to run them again in the backward.
         self.recomputes = False
         #: Whether it consists of torch's own modules alone.

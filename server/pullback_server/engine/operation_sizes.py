@@ -40,13 +40,17 @@ def _index(tensor: torch.Tensor, items: tuple[Any, ...]) -> int:
 
 #: What makes no memory of its own, or no more than a small part of its operand's.
 _FREE = frozenset(
-    ["permute", "transpose", "squeeze", "unsqueeze", "detach", "conj", "real", "imag", "sum", "mean", "std", "var", "norm", "logsumexp", "amax", "amin", "all", "any", "argmax", "argmin", "requires_grad_", "zero_", "copy_", "add_", "sub_", "mul_", "div_"]
+    ("permute", "transpose", "squeeze", "unsqueeze", "detach", "conj", "real", "imag")
+    + ("sum", "mean", "std", "var", "norm", "logsumexp", "amax", "amin", "all", "any", "argmax", "argmin")
+    + ("requires_grad_", "zero_", "copy_", "add_", "sub_", "mul_", "div_")
 )
-_OF_BOOL = frozenset(["eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "logical_and", "logical_or", "logical_not"])
+_OF_BOOL = frozenset(
+    ("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "logical_and", "logical_or", "logical_not")
+)
 
 
 def expanded(first: torch.Tensor, shape: Any) -> int:
-    """Bytes that an expanded tensor would have as one of its own. Whatever is done with it takes as much, or as long."""
+    """Bytes that an expanded tensor would have as one of its own; what is done with it takes as much, or as long."""
     extents = [extent for extent in shape if isinstance(extent, int)] if isinstance(shape, list) else []
     kept = max(first.numel(), 1)
     for position, extent in enumerate(reversed(extents), 1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import gc
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -116,11 +117,16 @@ class Stage:
         undo = [hosted.swap(self._swaps, self._private)]
         if not hosted.stock:
             self._counts = list(map(sys.getrefcount, module.modules()))
+        collecting = gc.isenabled()
         try:
             if self._train:
                 undo.append(hosted.enter_training())
+            # What is collected meanwhile would make counts fall.
+            gc.disable()
             yield
         finally:
+            if collecting:
+                gc.enable()
             while undo:
                 undo.pop()()
 

@@ -150,6 +150,8 @@ class Tape:
                 self._handles.store(handle, held)
         self._retained = self._ledger.total()
         result.outcome.live, result.outcome.retained = self.live, self._retained
+        if self._engine.device.type == "cuda":
+            result.outcome.device_memory = torch.cuda.memory_allocated(self._engine.device)
         return result
 
     def _keep(self, op: ops.Op, operands: Operands) -> None:

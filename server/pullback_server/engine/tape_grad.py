@@ -166,7 +166,10 @@ class Backward:
                 self._rehearse(watch, outputs, inputs, given)
         armed = watch.armed() if watch is not None else contextlib.nullcontext()
         with self._kernels(), armed:
-            found = self._rows(outputs, inputs, given) if self.op.batched else self._once(outputs, inputs, given)
+            if self.op.batched:
+                found = self._rows(outputs, inputs, given, watch is not None and bool(watch.foreign))
+            else:
+                found = self._once(outputs, inputs, given)
         if watch is not None:
             watch.check(found)
         return [
@@ -219,7 +222,7 @@ class Backward:
             watch.check(self._once(outputs, inputs, values, True), rehearsal=True)
 
     def _rows(
-        self, outputs: Tensors, inputs: Tensors, given: Sequence[torch.Tensor | None]
+        self, outputs: Tensors, inputs: Tensors, given: Sequence[torch.Tensor | None], watched: bool
     ) -> list[torch.Tensor | None]:
         """Gradients for grad_outputs with a leading axis: vectorised, or one by one where a backward cannot be."""
         rows = self.rows or 0
@@ -227,14 +230,17 @@ class Backward:
         def row(index: int) -> list[torch.Tensor | None]:
             return [None if value is None else value[index] for value in given]
 
+        found: list[torch.Tensor | None] = []
         try:
+            if watched:
+                raise NotImplementedError
             with quiet_vmap():
-                found: list[torch.Tensor | None] = list(
+                found = list(
                     torch.autograd.grad(
                         outputs,
                         inputs,
                         given,
-                        # One by one, it may have to run again.
+                        # It may have to run again, row by row.
                         True,
                         self.op.create_graph,
                         allow_unused=True,
@@ -245,7 +251,8 @@ class Backward:
         except BaseException as error:
             if not isinstance(error, Exception) and not self.lineage.models:
                 raise
-            found = []
+            if out_of_memory(error) and outputs[0].is_cuda:
+                torch.cuda.empty_cache()
         if found:
             if not self.retain:
                 # The one way to have torch free the graph.
@@ -281,6 +288,12 @@ class Backward:
                     f"{owner} has no derivative of this order: {text}; gradients without create_graph, of what is no "
                     "gradient itself, are available",
                     "outputs",
+                )
+            if "use_reentrant" in text:
+                return Fault(
+                    Reason.UNSUPPORTED_BY_MODEL,
+                    f"{owner} runs under torch.utils.checkpoint with use_reentrant=True, which torch.autograd.grad "
+                    "cannot differentiate; its author can say use_reentrant=False",
                 )
             if "grad" in text and ("Mismatch in shape" in text or "dtype" in text) and not self.lineage.models:
                 return Fault(Reason.BAD_COTANGENT, text, "grad_outputs")

@@ -148,7 +148,8 @@ class _Watched:
 
 
 def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dict[str, torch.Tensor], Witness]:
-    inputs = _Watched(hosted.writes_inputs or run.train not in hosted.spared_inputs)
+    circumstances = run.train, run.no_grad, tuple(held.tensor.requires_grad for held in run.inputs.values())
+    inputs = _Watched(hosted.writes_inputs or circumstances not in hosted.spared_inputs)
     parameters = _Watched(hosted.writes_parameters)
     natural = hosted.needs_natural and not run.no_grad
     torch._C._set_grad_enabled(not run.no_grad)
@@ -173,7 +174,7 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
         torch._C._set_grad_enabled(True)
     _check_untouched(hosted, inputs, parameters)
     if not hosted.writes_inputs:
-        hosted.spared_inputs.add(run.train)
+        hosted.spared_inputs.add(circumstances)
     stage.check()
     return flatten(result, hosted.registration.outputs, hosted.owner), witness
 
