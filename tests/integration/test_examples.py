@@ -45,3 +45,11 @@ def test_vibrations() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "energy at rest -16.505384" in done.stdout
+
+
+def test_newton() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "newton.py")], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "right on 98." in done.stdout

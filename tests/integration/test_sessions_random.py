@@ -90,6 +90,8 @@ class Remote:
 
     def __init__(self, client: pb.Client, session: pb.Session) -> None:
         self.client, self.session = client, session
+        # Without this the hosted parameters would get no gradients, as documented.
+        self.taken = self.parameters("linear")
 
     def model(self, name: str) -> Any:
         return self.client.model(name)
@@ -233,8 +235,8 @@ OPS: dict[str, Op] = {
     "to": Op(
         1, lambda ns, x, d: ns.to(x, d), lambda rng, x: (rng.choice(["float64", "float64", "float32", "complex128"]),)
     ),
-    "real": Op(1, lambda ns, x: x.real),
-    "imag": Op(1, lambda ns, x: x.imag),
+    "real": Op(1, lambda ns, x: x.real() if callable(x.real) else x.real),
+    "imag": Op(1, lambda ns, x: x.imag() if callable(x.imag) else x.imag),
     "conj": Op(1, lambda ns, x: x.conj()),
     "sum": Op(1, lambda ns, x, *a: x.sum(*a), axis_and_keep, 3),
     "mean": Op(1, lambda ns, x, *a: x.mean(*a), axis_and_keep),
@@ -270,8 +272,8 @@ OPS: dict[str, Op] = {
     "partly_cut": Op(1, lambda ns, x: ns.model("partly_cut")(x)),
     "square_any": Op(1, lambda ns, x: ns.model("square_any")(x)),
     "linear": Op(1, lambda ns, x: ns.model("linear")(x), weight=3),
-    "mse_loss": Op(2, lambda ns, x, y: ns.functional.mse_loss(x, y), weight=2),
-    "huber_loss": Op(2, lambda ns, x, y: ns.functional.huber_loss(x, y, reduction="sum")),
+    "mse_loss": Op(2, lambda ns, x, y: ns.functional.mse_loss(x, y + 0 * x), weight=2),
+    "huber_loss": Op(2, lambda ns, x, y: ns.functional.huber_loss(x, y + 0 * x, reduction="sum")),
     "cross_entropy": Op(
         1, lambda ns, x, t: ns.functional.cross_entropy(x, ns.constant(t), reduction="none"), a_class, 1
     ),
@@ -296,6 +298,7 @@ for _name in ("add_", "mul_", "copy_"):
 OPS["zero_"] = Op(1, lambda ns, x: x.zero_() is None or None)
 OPS["requires_grad_"] = Op(1, lambda ns, x, on: x.requires_grad_(on) is None or None, OPS["requires_grad_"].draw)
 IN_PLACE = {"add_", "mul_", "copy_", "zero_", "iadd", "isub", "imul", "idiv", "write", "write_number", "requires_grad_"}
+MODELS = {"same", "smooth", "glimpses", "fork_two", "writes_into_a_copy", "partly_cut", "square_any", "linear"}
 NAMES, WEIGHTS = list(OPS), [op.weight for op in OPS.values()]
 
 
@@ -380,7 +383,7 @@ class Machine:
                 warnings.simplefilter("ignore")
                 if step.kind == "op":
                     found = OPS[step.name].run(side, *operands, *step.arguments)
-                    return [one for one in side.outputs(found) if one is not None]
+                    return separate(operands, [one for one in side.outputs(found) if one is not None])
                 options = dict(step.arguments)
                 count, cotangents = options.pop("outputs"), options.pop("cotangents")
                 given = None if cotangents is None else [v if v is None else side.constant(v) for v in cotangents]
@@ -402,7 +405,9 @@ class Machine:
         if theirs and not mine:
             raise Difference(f"pullback raised {type(found).__name__}: {found}; torch did not")
         if theirs:
-            if isinstance(found, errors.InternalError | errors.SessionLost | errors.BadHandle):
+            if isinstance(found, errors.InternalError | errors.SessionLost | errors.BadHandle) and not (
+                isinstance(found, errors.ModelError) and step.name in MODELS
+            ):
                 raise Difference(f"torch: {expected}; pullback: {type(found).__name__}: {found}")
             for text, kind in SAYINGS:
                 if text in str(expected) and not isinstance(found, kind):
@@ -440,6 +445,16 @@ class Machine:
                 raise Difference(f"tensor {number} at the end: {difference}") from None
         if not self.over:
             self.compare_grads()
+
+
+def separate(operands: list[Any], found: list[Any]) -> list[Any]:
+    """torch may give back an operand itself, or one tensor twice; pullback's results are always new tensors: views."""
+    seen = {id(one) for one in operands}
+    for position, one in enumerate(found):
+        if isinstance(one, torch.Tensor) and id(one) in seen:
+            found[position] = one.view_as(one)
+        seen.add(id(one))
+    return found
 
 
 def close(mine: torch.Tensor, theirs: pb.Tensor) -> None:

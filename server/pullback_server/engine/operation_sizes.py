@@ -39,11 +39,11 @@ def _index(tensor: torch.Tensor, items: tuple[Any, ...]) -> int:
 
 
 #: What makes no memory of its own, or no more than a small part of its operand's.
-_FREE = frozenset(
-    ("permute", "transpose", "squeeze", "unsqueeze", "detach", "conj", "real", "imag")
-    + ("sum", "mean", "std", "var", "norm", "logsumexp", "amax", "amin", "all", "any", "argmax", "argmin")
-    + ("requires_grad_", "zero_", "copy_", "add_", "sub_", "mul_", "div_")
-)
+_FREE = {
+    *("permute", "transpose", "squeeze", "unsqueeze", "detach", "conj", "real", "imag"),
+    *("sum", "mean", "std", "var", "norm", "logsumexp", "amax", "amin", "all", "any", "argmax", "argmin"),
+    *("requires_grad_", "zero_", "copy_", "add_", "sub_", "mul_", "div_"),
+}
 _OF_BOOL = frozenset(
     ("eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "logical_and", "logical_or", "logical_not")
 )
