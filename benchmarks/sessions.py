@@ -51,31 +51,28 @@ def small(target: str, echo: str, rounds: int) -> None:
     model = client.model("mlp")
 
     # One graph is held; each work runs one backward on it and reads the gradient.
-    held = pb.tensor(x, requires_grad=True)
-    with client.session() as session:
-        y = model(held)
-        y.numpy()
+    held = client.tensor(x, requires_grad=True)
+    y = model(held)
 
-        def backward() -> object:
-            (gradient,) = pb.autograd.grad(y, held, v, retain_graph=True)
-            assert gradient is not None
-            return gradient.numpy()
+    def backward() -> object:
+        (gradient,) = pb.autograd.grad(y, held, v, retain_graph=True)
+        assert gradient is not None
+        return gradient.numpy()
 
-        stream = BareStream(echo, f"/stream/{x.nbytes + _DESCRIPTION}")
-        there = bytes(v.nbytes + _DESCRIPTION)
-        compare(
-            f"backward on a held graph: MLP 784-256-10, batch 32 ({v.nbytes} bytes there, {x.nbytes} back)",
-            {
-                "floor: bare stream echo of the same bytes": lambda: stream(there),
-                "floor: the same backward in process": lambda: torch.autograd.grad(
-                    y_torch, x_torch, v_torch, retain_graph=True
-                ),
-                "session: autograd.grad and read": backward,
-            },
-            rounds,
-            200,
-        )
-        del session
+    stream = BareStream(echo, f"/stream/{x.nbytes + _DESCRIPTION}")
+    there = bytes(v.nbytes + _DESCRIPTION)
+    compare(
+        f"backward on a held graph: MLP 784-256-10, batch 32 ({v.nbytes} bytes there, {x.nbytes} back)",
+        {
+            "floor: bare stream echo of the same bytes": lambda: stream(there),
+            "floor: the same backward in process": lambda: torch.autograd.grad(
+                y_torch, x_torch, v_torch, retain_graph=True
+            ),
+            "session: autograd.grad and read": backward,
+        },
+        rounds,
+        200,
+    )
 
     def unary() -> None:
         model.evaluate(x)
@@ -99,20 +96,12 @@ def small(target: str, echo: str, rounds: int) -> None:
         {
             "floor: evaluate and vjp, two unary calls": unary,
             "vjp, one unary call": vjp,
-            "session": _inside(waiting, steps(waiting)),
-            "session, pipelined": _inside(pipelined, steps(pipelined)),
+            "session": steps(waiting),
+            "session, pipelined": steps(pipelined),
         },
         rounds,
         100,
     )
-
-
-def _inside(session: pb.Session, work: Callable[[], object]) -> Callable[[], object]:
-    def wrapped() -> object:
-        with session.current():
-            return work()
-
-    return wrapped
 
 
 def large(target: str, echo: str, mebibytes: int, rounds: int) -> None:
@@ -121,15 +110,20 @@ def large(target: str, echo: str, mebibytes: int, rounds: int) -> None:
     chunks = [data[at : at + (1 << 20)] for at in range(0, len(data), 1 << 20)]
     bare = grpc.insecure_channel(echo, BIG).unary_unary("/echo/same")
     stream = BareStream(echo, "/stream/same")
-    unary = pb.connect(target, max_message_bytes=2**31 - 1, timeout=120, chunk_threshold=2**31)
-    chunked = pb.connect(target, max_message_bytes=2**31 - 1, timeout=120, chunk_threshold=1)
+    client = pb.connect(target, max_message_bytes=2**31 - 1, timeout=120)
+    session = client.session()
+
+    def through_a_session() -> object:
+        # An upload, and a download: nothing is computed.
+        return session.tensor(x).clone().numpy()
+
     compare(
         f"{mebibytes} MiB there and back",
         {
             "floor: bare unary echo": lambda: bare(data),
             "bare stream echo in 1 MiB chunks": lambda: stream(*chunks),
-            "pullback, unary": lambda: unary.model("identity").evaluate({"input": x}),
-            "pullback, chunks": lambda: chunked.model("identity").evaluate({"input": x}),
+            "pullback, evaluate": lambda: client.model("identity").evaluate({"input": x}),
+            "pullback, session: put, clone, get": through_a_session,
         },
         rounds,
         3 if mebibytes > 128 else 5,

@@ -321,10 +321,10 @@ def test_batches_of_cotangents(remote: Any) -> None:
         y = run(x)
         (one,) = torch.func.vmap(lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True))(v.detach())
         results[-1].append(one)
-        square = lambda x, run=run: run(x).square()  # noqa: E731
-        results[-1].append(torch.autograd.functional.jacobian(square, x, vectorize=True))
-        results[-1].append(torch.autograd.functional.hessian(lambda x: square(x).sum(), x, vectorize=True))
-        results[-1].append(torch.autograd.functional.jvp(square, x, torch.ones_like(x))[1])
+        results[-1].append(torch.autograd.functional.jacobian(run, x, vectorize=True))
+        loss = lambda x, run=run: run(x).square().sum()  # noqa: E731
+        results[-1].append(torch.autograd.functional.hessian(loss, x, vectorize=True))
+        results[-1].append(torch.autograd.functional.jvp(run, x, torch.ones_like(x))[1])
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
     y = module(x)
     twice = torch.func.vmap(torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0]))
@@ -436,7 +436,7 @@ def test_autocast(remote: Any) -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
-    with pytest.raises(pb.errors.BadTensor, match="bfloat16.*expected float32"):
+    with pytest.raises(pb.errors.BadTensor, match=r"bfloat16.*expected float32"):
         module(x.bfloat16())
 
 
@@ -688,6 +688,7 @@ def test_many_threads(remote: Any) -> None:
 FORKED = """
 import sys
 import torch
+from torch.utils.data import DataLoader, Dataset
 import pullback as pb
 from pullback.torch import RemoteModule
 from tests import zoo

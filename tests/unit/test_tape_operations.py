@@ -145,7 +145,7 @@ def _operation(name: str, options: dict[str, Any]) -> Any:
     return ops.Operation(name, options)
 
 
-@pytest.mark.parametrize(("name", "shapes", "options", "code"), CASES, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("name", "shapes", "options", "code"), CASES, ids=lambda v: "" if callable(v) else str(v)[:30])
 def test_the_answer_is_torchs(name: str, shapes: Any, options: Any, code: Any) -> None:
     torch.manual_seed(3)
     check(name, [real(*shape) for shape in shapes], options, code)

@@ -44,12 +44,9 @@ class Copies:
         under a new handle, since graphs that were made before need the old one.
         """
         known = self._latest.get(name)
-        if (
-            known is not None
-            and known.ref.session is session
-            and (known.requires_grad == parameter.requires_grad or not record)
-            and same_bits(known.value, parameter)
-        ):
+        if known is not None and known.ref.session is session and same_bits(known.value, parameter):
+            if record and known.requires_grad != parameter.requires_grad:
+                known = _turned(known)
             return known, known.ref.handle
         # Sent from the copy, so that both stay the same whatever another thread does meanwhile.
         value = parameter.detach().clone(memory_format=torch.contiguous_format)
@@ -59,6 +56,17 @@ class Copies:
     def keep(self, copies: dict[str, Copy]) -> None:
         """Uses these from now on. Only for copies that the server is known to have."""
         self._latest.update(copies)
+
+
+def _turned(known: Copy) -> Copy:
+    """The same values with requires_grad the other way, made on the server: what is frozen and thawed is not resent."""
+    session = known.ref.session
+    new = Copy(Ref(session, session.new_handle()), known.value, not known.requires_grad)
+    # Neither is waited for: should one fail, the op that uses the handle says so.
+    session.call("detach", {"input": known.ref.handle}, handles=[new.ref.handle])
+    if new.requires_grad:
+        session.call("requires_grad_", {"input": new.ref.handle}, options={"requires_grad": True}, handles=())
+    return new
 
 
 def mirror(root: nn.Module, session: Session, model: RemoteModel, wanted: Sequence[str], copies: Copies) -> None:

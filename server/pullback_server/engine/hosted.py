@@ -44,6 +44,8 @@ class HostedModel:
             for name, spec in registration.inputs.items()
             if spec.low is not None or spec.high is not None
         }
+        #: What was declared of inputs, and can be held against a tensor.
+        self.specs = [record for record in self.input_records() if record.dtype or record.shape is not None]
         #: Parameters by the name callers use; a tied one by its first name.
         self.parameters: dict[str, nn.Parameter] = {}
         #: Second names of tied parameters -> first names.

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pullback_server import ops
-from pullback_server.engine._dtypes import describe, name_of
+from pullback_server.engine._dtypes import WIRE
 from pullback_server.engine.call import check_parameter
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.losses import check_range
 from pullback_server.engine.tape_state import Held, Operands
 from pullback_server.faults import Fault
+from pullback_server.hosting.checks import check_tensor
+from pullback_server.job import TensorRef
 from pullback_wire import Reason
 
 Named = dict[str, Held]
@@ -56,33 +58,10 @@ def model_parameters(hosted: HostedModel, operands: Sequence[ops.Operand], sourc
 
 def _check_specs(hosted: HostedModel, inputs: Mapping[str, Held]) -> None:
     extents: dict[str, tuple[int, str]] = {}
-    for name, spec in hosted.registration.inputs.items():
-        held = inputs.get(name)
-        if held is None:
-            continue
-        tensor, field = held.tensor, f"inputs[{name}]"
-        if spec.dtype is not None and name_of(tensor.dtype) != spec.dtype:
-            raise Fault(Reason.BAD_TENSOR, f"{field} is {describe(tensor)}, expected {spec.dtype}", f"{field}.dtype")
-        if spec.shape is None:
-            continue
-        wanted = "[" + ", ".join(map(str, spec.shape)) + "]"
-        if tensor.ndim != len(spec.shape):
-            raise Fault(
-                Reason.BAD_TENSOR,
-                f"{field} has the shape {list(tensor.shape)}, expected {wanted}: {len(spec.shape)} axes, not "
-                f"{tensor.ndim}",
-                f"{field}.shape",
-            )
-        for extent, expected in zip(tensor.shape, spec.shape, strict=True):
-            note = ""
-            if isinstance(expected, str):
-                known, where = extents.setdefault(expected, (extent, name))
-                note = f", where {expected!r} is {known} as in inputs[{where}]"
-            else:
-                known = expected
-            if extent != known:
-                raise Fault(
-                    Reason.BAD_TENSOR,
-                    f"{field} has the shape {list(tensor.shape)}, expected {wanted}{note}",
-                    f"{field}.shape",
-                )
+    for spec in hosted.specs:
+        held = inputs.get(spec.name)
+        if held is not None:
+            tensor = held.tensor
+            # What cannot travel has no number, and no spec can ask for it.
+            ref = TensorRef(spec.name, WIRE.get(tensor.dtype, -1), tuple(tensor.shape), 0)
+            check_tensor(spec, ref, "input", f"inputs[{spec.name}]", extents)
