@@ -261,7 +261,7 @@ OPS: dict[str, Op] = {
     "reshape": Op(1, lambda ns, x, s: x.reshape(s), a_shape, 2),
     "view": Op(1, lambda ns, x, s: x.view(*s), lambda rng, x: (tuple(x.shape),)),
     "transpose": Op(1, lambda ns, x, a, b: x.transpose(a, b), lambda rng, x: an_axis(rng, x) + an_axis(rng, x), 2),
-    "T": Op(1, lambda ns, x: x.mT),
+    "T": Op(1, lambda ns, x: x.mT if len(x.shape) > 1 else x.T),
     "permute": Op(1, lambda ns, x, d: x.permute(*d), a_permutation),
     "flatten": Op(1, lambda ns, x: x.flatten()),
     "squeeze": Op(1, lambda ns, x: x.squeeze()),
@@ -362,6 +362,8 @@ class Machine:
             return  # here it would fail later, and end the whole block
         found = self.attempt(self.remote, 1, step)
         self.judge(step, expected, found)
+        if isinstance(found, Exception):
+            self.over = not isinstance(expected, Exception)
         if isinstance(expected, Exception):
             self.raised[step.kind] = self.raised.get(step.kind, 0) + 1
             # A backward that failed halfway has freed some of the graph, and torch has accumulated what it had.
@@ -384,7 +386,7 @@ class Machine:
                     continue
                 if step.no_grad and mine.requires_grad and step.kind == "op":
                     continue  # a view: torch calls it a leaf, though nothing can be accumulated into it
-                if any(mine is self.pairs[number][0] for number in step.operands):
+                if any(mine is known for known, _ in self.pairs.values()):
                     close(mine, theirs)  # torch's result is the operand itself, pullback's always another tensor
                     continue
                 self.compare(mine, theirs, step.look)
@@ -404,13 +406,17 @@ class Machine:
                 warnings.simplefilter("ignore")
                 if step.kind == "op":
                     found = OPS[step.name].run(side, *operands, *step.arguments)
-                    found = [one for one in side.outputs(found) if one is not None]
-                    return separate(operands, found) if step.name in MODELS else found
+                    return [one for one in side.outputs(found) if one is not None]
                 options = dict(step.arguments)
                 count, cotangents = options.pop("outputs"), options.pop("cotangents")
                 given = None if cotangents is None else [v if v is None else side.constant(v) for v in cotangents]
                 if step.kind == "backward":
                     inputs = {"inputs": operands[count:]} if len(operands) > count else {}
+                    if which:
+                        # torch's backward(inputs=) makes them retain their gradient from then on.
+                        for one in operands[count:]:
+                            if not one.is_leaf:
+                                one.retain_grad()
                     side.backward(operands[:count], given, **options, **inputs)
                     return None
                 if which == 0:
@@ -450,6 +456,8 @@ class Machine:
         if not mine and isinstance(found, errors.OrderUnavailable):
             self.over = True  # never wrong, only refused
             return
+        if theirs and step.name == "write" and "doesn't match the broadcast shape" in str(found):
+            return  # torch's x[i] = v drops leading axes of extent 1 of v
         if mine and not theirs:
             raise Difference(f"torch raised {type(expected).__name__}: {str(expected)[:300]}; pullback did not")
         if theirs and not mine:
@@ -495,16 +503,6 @@ class Machine:
                 raise Difference(f"tensor {number} at the end: {difference}") from None
         if not self.over:
             self.compare_grads()
-
-
-def separate(operands: list[Any], found: list[Any]) -> list[Any]:
-    """torch may give back an operand itself, or one tensor twice; pullback's results are always new tensors: views."""
-    seen = {id(one) for one in operands}
-    for position, one in enumerate(found):
-        if isinstance(one, torch.Tensor) and id(one) in seen:
-            found[position] = one.view_as(one)
-        seen.add(id(one))
-    return found
 
 
 def close(mine: torch.Tensor, theirs: pb.Tensor) -> None:
@@ -558,6 +556,8 @@ def draw_op(rng: random.Random, machine: Machine, number: int) -> Step | None:
     if name in {"mse_loss", "huber_loss"} and tensors[0].shape != tensors[1].shape:
         return None  # torch would broadcast with a warning; refused here
     no_grad = rng.random() < (0.35 if name in IN_PLACE else 0.06)
+    if name.startswith("write") and machine.pipelined:
+        no_grad = False  # a known failure, see test_items_are_set_under_no_grad; a pipelined program would end with it
     return Step("op", name, operands, arguments, number, no_grad, rng.random() < 0.6)
 
 
@@ -599,6 +599,8 @@ def draw_derivative(rng: random.Random, machine: Machine, number: int) -> Step |
             options["is_grads_batched"] = True
         operands = (*outputs, *inputs)
     else:
+        # An output among the inputs would be visited by torch, and found freed, for no reason.
+        inputs = [one for one in inputs if one not in outputs]
         operands = (*outputs, *(inputs if rng.random() < 0.3 else ()))
     return Step(kind, "", operands, options, number)
 
@@ -686,6 +688,16 @@ def client() -> Iterator[pb.Client]:
     torch.set_num_threads(1)
     models = Path(session_models.__file__)
     with Server(models, devices="cpu", threads=1) as server, pb.connect(server.target, timeout=60) as client:
+        # The first run of a model under given circumstances works on copies of its inputs, so that its outputs are no
+        # views of them; see test_views_of_inputs.
+        for name in sorted(MODELS):
+            shapes = [True, False]
+            for mode in (pb.enable_grad, pb.no_grad):
+                for first in shapes:
+                    for second in shapes:
+                        with mode():
+                            given = [client.tensor(np.ones((3, 3)), requires_grad=on) for on in (first, second)]
+                            client.model(name)(*given[: 2 if name == "fork_two" else 1])
         yield client
 
 

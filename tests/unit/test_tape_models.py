@@ -374,7 +374,7 @@ def test_arguments_are_checked() -> None:
         s.model("small", [real(2, 4)])
     with refused(Reason.BAD_TENSOR, "[3]"):
         s.model("small", [real(3)])
-    with refused(Reason.BAD_TENSOR, "'n'"):
+    with refused(Reason.BAD_TENSOR, "n is 2 in 'x'"):
         s.model("mixed", {"x": real(2), "y": real(3)})
     with refused(Reason.BAD_NAME, "wat"):
         s.model("small", [x], parameters={"wat": real(2)})

@@ -75,7 +75,7 @@ class Upload(Protocol):
 
 
 class Pending(Protocol):
-    """An op that was sent. answered: done, with whatever result, when the worker has answered it, or it was abandoned."""
+    """An op that was sent. answered: done when the worker has answered it, with any result, or it was abandoned."""
 
     @property
     def answered(self) -> asyncio.Future[Any]: ...

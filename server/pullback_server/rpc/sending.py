@@ -18,7 +18,6 @@ from pullback_server.scheduling import OnItsWay, Pinned
 from pullback_wire import Reason, WireError
 from pullback_wire.v1 import session_service_pb2 as pb
 
-
 #: Payloads of more bytes are copied to the worker off the event loop.
 _AT_ONCE = 256 << 10
 
