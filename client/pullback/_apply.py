@@ -51,7 +51,7 @@ def choose_session(
                     "session.tensor(t.numpy()), which cuts its graph"
                 )
             bound = session
-        elif session.usable:
+        elif session not in (home, met) and session.is_alive():
             home = home or (session if tensor.is_at_home else None)
             met = met or session
     if bound is not None:

@@ -26,7 +26,8 @@ R = TypeVar("R")
 
 
 #: Requests of at least so many bytes go through a session; below it, one message is quicker.
-BULK_BYTES = 32 << 20
+BULK_BYTES = 64 << 20
+_DENSE = ("ComputeJacobian", "ComputeHessian")
 
 
 def bulky(transport: Transport, payloads: Sequence[Buffer]) -> bool:
@@ -120,17 +121,29 @@ class Caller:
         return result
 
     def _asked(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
-        """By one message, or by a session where the tensors are large."""
-        if bulky(self.transport, draft.payloads):
+        """By one message, or by a session where the tensors are large, be it only those of the answer."""
+        refused: errors.PullbackError | None = None
+        if not bulky(self.transport, draft.payloads):
+            try:
+                return self._by_message(draft, response, what, timeout)
+            except errors.MessageTooLarge as error:
+                refused = error
+            except errors.ResultTooLarge as error:
+                if draft.method.name in _DENSE:
+                    # What is refused there are sizes that nobody meant.
+                    raise
+                refused = error
+        try:
             from pullback._bulk import pool_of
 
-            try:
-                return pool_of(self.transport).call(
-                    draft.method, draft.message, draft.payloads, response, what, timeout
-                )
-            except errors.Unimplemented:
-                # A server without sessions; the message may still be small enough for it.
-                pass
+            return pool_of(self.transport).call(draft.method, draft.message, draft.payloads, response, what, timeout)
+        except errors.Unimplemented:
+            # A server without sessions.
+            if refused is not None:
+                raise refused from refused.__cause__
+            return self._by_message(draft, response, what, timeout)
+
+    def _by_message(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
         message, payloads = self.transport.call(draft.method, draft.message, draft.payloads, response, what, timeout)
         return message, TensorReader(payloads)
 

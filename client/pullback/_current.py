@@ -36,7 +36,7 @@ def default_session(transport: Transport, model: tuple[str, str] | None = None) 
 
 def _found(transport: Transport) -> Session | None:
     found = _sessions(transport).get(gate.generation)
-    return found if found is not None and found.usable and not found.going_away and not transport.closed else None
+    return found if found is not None and not (transport.closed or found.going_away) and found.is_alive() else None
 
 
 def session_now(transport: Transport | None = None, model: tuple[str, str] | None = None) -> Session:

@@ -95,31 +95,28 @@ class Methods:
 
     # ---- values
 
-    def _one(self) -> Any:
-        return self.item()
-
     def __bool__(self) -> bool:
         if self.numel() != 1:
             raise ValueError(f"the truth value of a tensor of {self.numel()} elements is ambiguous")
-        return bool(self._one())
+        return bool(self.item())
 
     def __float__(self) -> float:
-        return float(self._one())
+        return float(self.item())
 
     def __int__(self) -> int:
-        return int(self._one())
+        return int(self.item())
 
     def __complex__(self) -> complex:
-        return complex(self._one())
+        return complex(self.item())
 
     def __index__(self) -> int:
-        value = self._one()
+        value = self.item()
         if not isinstance(value, int):
             raise TypeError("only an integer tensor of one element can be an index")
         return int(value)
 
     def __format__(self, spec: str) -> str:
-        return format(self._one(), spec) if spec and self.numel() == 1 else format(repr(self), spec)
+        return format(self.item(), spec) if spec and self.numel() == 1 else format(repr(self), spec)
 
     # ---- operators
 

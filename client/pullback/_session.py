@@ -9,20 +9,19 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pullback import errors
 from pullback._arrays import Array
-from pullback._frames import FrameReader, FrameWriter, HandleInfo, Keep, Operand, read_handles
+from pullback._frames import FrameReader, FrameWriter, HandleInfo, Keep, Operand
 from pullback._loss import Loss
+from pullback._pending import Pending
 from pullback._request import set_mode
 from pullback._stream import Reply, Stream
 from pullback._transfers import CHUNK_THRESHOLD
 from pullback._transport import Transport
-from pullback_wire import WireError
 from pullback_wire.v1 import function_pb2
 from pullback_wire.v1 import session_service_pb2 as pb
 
@@ -36,65 +35,14 @@ BLOCK = 65536
 #: Ops that may wait for their answers before another has to wait for the first of them.
 _IN_FLIGHT = 256
 _EVERYTHING = 1 << 62
+#: Seconds after which a session that was not heard of is asked whether it lives, and for the answer.
+_STALE, _PATIENCE = 20.0, 10.0
 
 #: What a call runs: a hosted model, a loss alone, or a tensor operation by name.
 Callee = function_pb2.Function | Loss | str
 
 #: The session of the innermost `with client.session():` of this thread (or task).
 current: contextvars.ContextVar[Session | None] = contextvars.ContextVar("pullback_session", default=None)
-
-
-class Pending:
-    """An op that was sent. Its failure is raised by `result`, as often as that is asked."""
-
-    def __init__(self, session: Session, reply: Reply) -> None:
-        self._session = session
-        self._reply = reply
-        self._read: list[HandleInfo] | None = None
-        self._heard_of = False
-
-    @property
-    def op(self) -> int:
-        """Its number in the session."""
-        return self._reply.op
-
-    @property
-    def epoch(self) -> int:
-        """`Session.epoch` when it was sent."""
-        return self._reply.epoch
-
-    def done(self) -> bool:
-        """Whether its answer is there already."""
-        return self._reply.done
-
-    def result(self, timeout: float | None = None) -> list[HandleInfo]:
-        """Waits for the answer: the tensors that the op made or read, in order.
-
-        timeout: seconds; None: the session's. When it runs out the session is lost, as its state is unknown.
-
-        Raises PullbackError: the op's own, or what ended the session.
-        """
-        if self._read is None:
-            self.wait(timeout)
-            with self._session._reading(self._reply.what):
-                reader = FrameReader(self._reply, self._session._stream)
-                self._read = read_handles(reader, self._reply.message.result.handles)
-            self._reply.payloads = ()
-        return self._read
-
-    def wait(self, timeout: float | None = None) -> Reply:
-        """Waits for the answer as it came. Raises PullbackError as `result` does."""
-        reply = self._reply
-        if not reply.done:
-            self._session._stream.wait(reply.is_done, reply.what, self._session.deadline(timeout))
-        if reply.error is not None:
-            self._heard_of = True
-            raise copy.copy(reply.error)
-        return reply
-
-    def failed_unheard(self) -> bool:
-        """Whether it is known to have failed, and nobody was told."""
-        return self._reply.error is not None and not self._heard_of
 
 
 class Session:
@@ -129,8 +77,8 @@ class Session:
         self._next = 1
         #: Ops of a pipelined session that nobody has asked about yet.
         self._unseen: deque[Pending] = deque()
-        #: What was current before each `with` of this session.
-        self._tokens: list[contextvars.Token[Session | None]] = []
+        #: What was current before each `with` of this session, by thread.
+        self._tokens: dict[int, list[contextvars.Token[Session | None]]] = {}
         #: Parameters that were taken, by model and version: later calls of the model use them.
         self.model_parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
         #: Tensors that keep their grad though they are no leaves, by id.
@@ -169,6 +117,17 @@ class Session:
         """False once it is known to have ended."""
         return self._stream.usable
 
+    def is_alive(self) -> bool:
+        """`usable`, having asked the server where it was not heard of for a while."""
+        if self.usable and self._stream.unheard_for > _STALE:
+            reply = Reply("session")
+            try:
+                self._stream.send(pb.SessionRequest(release_only=pb.ReleaseOp()), (), reply)
+                self._stream.wait(reply.is_done, reply.what, min(self.deadline(None), time.monotonic() + _PATIENCE))
+            except errors.PullbackError:
+                return False
+        return self.usable
+
     @property
     def going_away(self) -> bool:
         """Whether the server has said that it will end the session soon."""
@@ -187,6 +146,8 @@ class Session:
 
     def new_handle(self, count: int = 1) -> int:
         """The first of `count` numbers that were never used in this session."""
+        # Before the lock, which may be held for ever in a forked child.
+        self._stream.check("")
         with self._numbers:
             first = self._next
             self._next += count
@@ -371,15 +332,6 @@ class Session:
             self._stream.wait(last._reply.is_done, last._reply.what, self.deadline(timeout))
             self._raise_earlier(last)
 
-    @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except WireError as error:
-            raise errors.ProtocolError(
-                f"{what}: {self._stream.target} sent an answer that contradicts itself: {error}"
-            ) from error
-
     # ---- its tensors and its end
 
     def tensor(self, data: Any, requires_grad: bool = False, dtype: Any = None) -> Tensor:
@@ -397,13 +349,16 @@ class Session:
 
     def __enter__(self) -> Session:
         self._stream.check("")
-        self._tokens.append(current.set(self))
+        self._tokens.setdefault(threading.get_ident(), []).append(current.set(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        current.reset(self._tokens.pop())
+        mine = self._tokens[threading.get_ident()]
+        current.reset(mine.pop())
+        if not mine:
+            del self._tokens[threading.get_ident()]
         try:
             if kind is None and self.pipelined:
                 self.synchronize()

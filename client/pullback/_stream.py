@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import threading
 import time
 import weakref
@@ -34,6 +35,7 @@ _HEARTBEAT_TIMEOUT = 30.0
 
 #: Calls that run, and in a forked child also its parent's, which must never be touched there, nor collected.
 _calls: dict[int, Any] = {}
+_keys = itertools.count()
 
 
 class Reply:
@@ -101,8 +103,9 @@ class Stream:
         with gate:
             call = transport.stream(PATH, iter(self._frames.get, None))
         self._call = call
-        _calls[id(call)] = call
-        weakref.finalize(self, _hang_up, self._frames, id(call), self._generation).atexit = False
+        self._key = next(_keys)
+        _calls[self._key] = call
+        weakref.finalize(self, _hang_up, self._frames, self._key, self._generation).atexit = False
 
     # ---- sending
 
@@ -329,6 +332,11 @@ class Stream:
         """Whether the session lives, as far as is known."""
         return self._failure is None and not self._closing and self._generation == gate.generation
 
+    @property
+    def unheard_for(self) -> float:
+        """Seconds since anything was read. Nobody reads while nobody waits, so it may have ended meanwhile."""
+        return time.monotonic() - self._heard
+
     def is_over(self) -> bool:
         """Whether it is known to have ended."""
         return self._failure is not None
@@ -341,7 +349,7 @@ class Stream:
             self._replies.clear()
             self._state.notify_all()
         self._frames.put(None)
-        _calls.pop(id(self._call), None)
+        _calls.pop(self._key, None)
         with gate:
             self._call.cancel()
 

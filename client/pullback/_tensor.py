@@ -338,8 +338,11 @@ class Tensor(Methods):
         return value.copy() if value is self._data else value
 
     def item(self) -> Any:
-        """The value of a tensor of one element, as a Python number."""
-        return self._value().item()
+        """The value of a tensor of one element, as a Python number. Raises ValueError for any other."""
+        value = self._value()
+        if value.size != 1:
+            raise ValueError(f"a tensor of shape {list(self.shape)} is not one number")
+        return value.item()
 
     def tolist(self) -> Any:
         """Its values as nested lists of Python numbers."""

@@ -142,8 +142,14 @@ class Transport:
         """
         if self._channel.closed:
             raise self._is_closed("session")
-        method = self._channel.channel().stream_stream(path, request_serializer=None, response_deserializer=None)
-        return method(requests, metadata=self.address.metadata)
+        try:
+            method = self._channel.channel().stream_stream(path, request_serializer=None, response_deserializer=None)
+            return method(requests, metadata=self.address.metadata)
+        except ValueError:
+            # gRPC's word for a channel that was closed just now.
+            if self._channel.closed:
+                raise self._is_closed("session") from None
+            raise
 
     def deadline(self, timeout: float | None) -> float:
         """When an op that begins now and was given `timeout` has run out of time, on the time.monotonic clock."""

@@ -53,3 +53,16 @@ def test_newton() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "right on 98." in done.stdout
+
+
+def test_wgan_gp() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "wgan_gp.py"), "--steps", "12"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    estimates = re.findall(r"Wasserstein estimate (-?\d\.\d+)", done.stdout)
+    assert len(estimates) == 2, done.stdout
+    assert float(estimates[1]) > float(estimates[0])

@@ -327,16 +327,29 @@ def test_batches_of_cotangents(remote: Any) -> None:
         results[-1].append(torch.autograd.functional.jvp(run, x, torch.ones_like(x))[1])
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
     y = module(x)
+    # One cotangent of two has the batch.
+    found = []
+    for both in (remote("pair")(x[0]), dict(zip(("wide", "narrow"), zoo.pair(x[0]), strict=True))):
+        outputs, one = [both["wide"], both["narrow"]], torch.ones(1, dtype=F64)
+        pull = lambda v, o=outputs, one=one: torch.autograd.grad(o, x, [v, one], retain_graph=True)[0]  # noqa: E731
+        found.append(torch.func.vmap(pull, in_dims=1, out_dims=1)(randn(6, 4, seed=1, grad=False)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
     twice = torch.func.vmap(torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0]))
     with pytest.raises(RuntimeError, match="one level"):
         twice(randn(2, 2, 2, 2, grad=False))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_what_cannot_be_differentiated_through_raises(remote: Any) -> None:
     module, x = remote("small"), randn(2, 3)
     for transform in (torch.func.grad(lambda x: module(x).sum()), torch.func.vmap(module), torch.func.jacrev(module)):
         with pytest.raises(RuntimeError, match=r"torch\.func"):
             transform(x)
+    y = module(x)
+    for create in (False, True):
+        backward = lambda v, c=create: torch.autograd.grad(y, x, v, True, c)[0].sum()  # noqa: E731
+        with pytest.raises(RuntimeError, match=r"torch\.func"):
+            torch.func.grad(backward)(torch.ones_like(y))
     for mode in (torch.enable_grad, torch.no_grad):
         with forward_ad.dual_level(), mode(), pytest.raises(NotImplementedError, match="forward mode"):
             module(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
@@ -472,10 +485,10 @@ def test_the_statistics_of_the_hosted_model_do_not_move(remote: Any) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["dropout", "noisy", "conv"])
 def test_checkpoint_recomputes_the_same(server: Server, remote: Any, name: str, reentrant: bool) -> None:
-    module = remote(name).train(name != "noisy")
+    module = remote(name, parameters=name == "conv").train(name != "noisy")
     x = randn(2, 2, 3, 3)
     before = live_handles(server, module, x)
-    gradients = []
+    results = []
     for through in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
         torch.manual_seed(1)
         y = through(x * 1)
@@ -483,9 +496,10 @@ def test_checkpoint_recomputes_the_same(server: Server, remote: Any, name: str, 
             # The server keeps no graph meanwhile.
             assert live_handles(server, module, x) == before
         y.square().sum().backward()
-        gradients.append(x.grad)
+        results.append([x.grad, *(one.grad for one in module.parameters())])
         x.grad = None
-    assert torch.equal(*gradients)
+        module.zero_grad()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
     del y
     assert live_handles(server, module, x) == before
 
@@ -625,12 +639,19 @@ def test_some_parameters_and_frozen_ones(remote: Any) -> None:
         net(x).square().sum().backward()
     torch.testing.assert_close(module.fc2.weight.grad, local.fc2.weight.grad, rtol=1e-12, atol=1e-14)
     assert module.fc2.bias.grad is None
-    # It is a leaf that requires grad from now on.
-    module.fc2.bias.requires_grad_(True)
-    module(x).square().sum().backward()
-    assert module.fc2.bias.grad is not None
+    # Thawed and frozen again without being sent again; each time the server knows.
+    sent, local.fc2.bias.grad = module._pullback_remote.copies._latest, None
+    values = sent["fc2.bias"].value
+    for thawed in (True, False, True):
+        module.fc2.bias.requires_grad_(thawed)
+        module(x).square().sum().backward()
+        assert sent["fc2.bias"].value is values and sent["fc2.bias"].requires_grad == thawed
+    local(x).square().sum().backward()
+    torch.testing.assert_close(module.fc2.bias.grad, 2 * local.fc2.bias.grad, rtol=1e-12, atol=1e-14)
     with pytest.raises(pb.errors.BadName, match=r"fc3.*fc1\.weight"):
         remote("simple_nn", parameters="fc3.*")
+    with pb.connect("localhost:1") as elsewhere, pytest.raises(ValueError, match="localhost:1"):
+        RemoteModule(elsewhere.model("small"), session=remote("small")._pullback_remote.session())
     with pytest.raises(TypeError, match=r"client\.model"):
         RemoteModule("simple_nn")  # type: ignore[arg-type]
     with pytest.raises(pb.errors.BadTensor, match=r"fc2\.weight.*float32"):
@@ -662,6 +683,8 @@ def test_copies_and_pickles(remote: Any) -> None:
             next(iter(other.parameters())).mul_(2)
         assert not torch.equal(other(x), y)
         other(x).sum().backward()
+    # The pickled one came with a client of its own.
+    other._pullback_remote.session().close()
     assert torch.equal(module(x), y)
     assert "small" in repr(module)
 
@@ -725,6 +748,15 @@ def test_data_loader_workers(server: Server) -> None:
         [sys.executable, "-c", FORKED, server.target], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.stdout.strip() == "good", done.stderr
+
+
+@pytest.mark.slow
+def test_a_compiled_network_leaves_it_out(remote: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), remote("small"), nn.Tanh()).double()
+    x = randn(2, 3)
+    ours, theirs = torch.compile(net, backend="aot_eager")(x), net(x)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), x), torch.autograd.grad(theirs.sum(), x))
 
 
 @pytest.mark.gpu

@@ -85,6 +85,12 @@ def same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@model("wide")
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """A small input, a large output."""
+    return x.expand(9, *x.shape)
+
+
 @model("two", outputs=["sine", "twice"])
 def two(x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Two outputs, an optional input."""
@@ -677,6 +683,11 @@ def test_large_stateless_calls_use_a_session(client: pb.Client) -> None:
     with pytest.raises(errors.BadCotangent):
         client.model("same").vjp(big, big[:3])
     assert client.model("same").evaluate(big).shape == big.shape
+
+
+def test_large_answers_of_small_requests_use_a_session(client: pb.Client) -> None:
+    wide = client.model("wide").evaluate(np.ones(1 << 20))
+    assert wide.shape == (9, 1 << 20) and (wide == 1).all()
 
 
 def test_a_forked_child(client: pb.Client) -> None:

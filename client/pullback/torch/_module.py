@@ -20,7 +20,7 @@ from pullback._remote_call import _named
 from pullback._session import Session
 from pullback._tensor import Tensor as ServerTensor
 from pullback.torch._mirror import Copies, mirror
-from pullback.torch._node import NO_FORWARD_MODE, Node, Results, Step, Tensors
+from pullback.torch._node import NO_FORWARD_MODE, NO_TRANSFORMS, Node, Results, Step, Tensors
 from pullback_wire.v1 import function_pb2
 
 #: Floating-point types that autocast turns into each other.
@@ -36,15 +36,15 @@ class RemoteModule(nn.Module):
     parameters: True: the hosted parameters become local nn.Parameters of the same names ("fc1.weight"), which start
         with the hosted values and are given with each call: local optimisers train them, state_dict holds them, and
         the hosted model stays as it is. A name, or a list of names and globs (["head.*"]), for those alone. Only those
-        that have changed are sent. Buffers are not mirrored.
+        that have changed are sent, which takes another copy of them here. Buffers are not mirrored.
     session: where it runs; None: in the session of the `with client.session():` around, else in the client's own.
     max_order: the highest order of derivative that will be asked for; None: any. With 1 the server may use kernels that
         are faster and have no second derivatives.
 
     Called as the model's code is: by position, by name, None for what is left out. It returns one tensor where there is
-    one output, else a dict by name. Tensors travel in the dtype they have and are never cast silently, except under
-    autocast: there half-precision inputs take the dtype that the model declares. Outputs come in the dtype that the
-    server computed, on the device of the first tensor that was given.
+    one output, else a dict by name. Tensors travel in the dtype they have; only under autocast, inputs of 16 and 32
+    bits take the dtype that the model declares. Outputs come in the dtype that the server computed, on the device of
+    the first tensor that was given.
 
     train() and eval() set the mode of the hosted model for these calls (its BatchNorm statistics never move). What it
     draws at random is seeded by torch's own generator: torch.manual_seed makes runs repeatable, and a forward that
@@ -53,13 +53,13 @@ class RemoteModule(nn.Module):
     The graph lives on the server until torch frees its side of it: after a backward without retain_graph, or with the
     outputs. A lost session loses its graphs, and their backward raises; the next forward opens another.
 
-    Works under torch.utils.checkpoint, in many threads, in forked processes, with is_grads_batched. Not inside
-    torch.func transforms, and without forward mode. Copies and pickles; a copy sends its parameters anew, an unpickled
-    one uses its client's own session.
+    Works under torch.utils.checkpoint, in many threads, in forked processes, with is_grads_batched; torch.compile
+    leaves it out of its graphs. Not inside torch.func transforms, and without forward mode. Copies and pickles; a copy
+    sends its parameters anew, an unpickled one uses its client's own session.
 
     Raises, from calls and from their backward: PullbackError. OrderUnavailable for a derivative that the hosted model
     does not have: with create_graph it is raised by the backward, as a gradient without a graph would be wrong later.
-    From the constructor: TypeError, BadName for a parameter that is none, PullbackError.
+    From the constructor: TypeError, ValueError, BadName for a parameter that is none, PullbackError.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class RemoteModule(nn.Module):
         super().__init__()
         if not isinstance(model, RemoteModel):
             raise TypeError(f"model is a {type(model).__name__}, expected what client.model(name) returns")
+        if session is not None and session.transport.address != model._caller.transport.address:
+            raise ValueError(f"{session!r} is no session with {model._caller.target}, where the model is")
         # Under names that no hosted parameter has: theirs stand beside these.
         self._pullback_remote = _Remote(model, session, max_order)
         wanted = ["*"] if parameters is True else [parameters] if isinstance(parameters, str) else parameters or ()
@@ -88,6 +90,9 @@ class RemoteModule(nn.Module):
 
         Raises TypeError for what is no input, RuntimeError inside torch.func transforms, PullbackError.
         """
+        return _outside(self, args, kwargs) if torch.compiler.is_compiling() else self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         remote = self._pullback_remote
         inputs = remote.inputs(args, kwargs)
         parameters = dict(self.named_parameters(remove_duplicate=False))
@@ -112,6 +117,13 @@ class RemoteModule(nn.Module):
         if len(outputs) == 1:
             return outputs[0]
         return dict(zip(step.names, outputs, strict=True))
+
+
+def _outside(module: RemoteModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Leaves the graph that torch.compile is tracing. Not by a decorator, which would cost seconds at import."""
+    import torch._dynamo
+
+    return torch._dynamo.disable(module._run)(args, kwargs)  # type: ignore[no-untyped-call]
 
 
 class _Remote:
@@ -158,7 +170,7 @@ def _as_input(value: Any, name: str) -> torch.Tensor | Array:
         return value
     if isinstance(value, np.ndarray | np.generic | bool | int | float | complex):
         return as_array(value, f"inputs[{name!r}]")
-    hint = "; it lives on the server, call the client's model on it" if isinstance(value, ServerTensor) else ""
+    hint = "; as the server holds it, call the client's RemoteModel on it" if isinstance(value, ServerTensor) else ""
     raise TypeError(
         f"inputs[{name!r}] is a {type(value).__name__}, expected a torch tensor, an array or a number{hint}"
     )
@@ -167,10 +179,7 @@ def _as_input(value: Any, name: str) -> torch.Tensor | Array:
 def _check_plain(tensors: Tensors) -> None:
     """Raises for tensors whose derivatives would be lost on the way."""
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "a RemoteModule cannot be called inside torch.func transforms (grad, vmap, jvp, ...): use "
-            "torch.autograd.grad with create_graph or is_grads_batched, or torch.autograd.functional"
-        )
+        raise RuntimeError(NO_TRANSFORMS)
     if forward_ad._current_level < 0:
         return
     unpack: Callable[[torch.Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd.function import Function
 
 from pullback._arrays import as_array
@@ -183,8 +184,9 @@ class Gradient(Step):
 
 def _differentiated(step: Gradient, tensors: Tensors, cotangents: list[Any]) -> Results:
     """Runs a gradient's node; for a whole batch at once where the cotangents are one. Raises RuntimeError."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    some = next(filter(batched, cotangents), None)
+    if any(one.key() != TransformType.Vmap for one in get_interpreter_stack() or ()):
+        raise RuntimeError(NO_TRANSFORMS)
+    some = next(filter(is_legacy_batchedtensor, cotangents), None)
     if some is None:
         return Node.apply(step, *tensors, *cotangents)  # type: ignore[no-any-return, no-untyped-call]
     # is_grads_batched, which asks Functions for no rule: out of the batch and back into it as its own code goes. This
@@ -194,7 +196,7 @@ def _differentiated(step: Gradient, tensors: Tensors, cotangents: list[Any]) -> 
     size = torch._remove_batch_dim(some, level, 1, 0).shape[0]
     plain = [torch._remove_batch_dim(one, level, size, 0) for one in cotangents]
     batch = step.over_batch([None] * len(tensors) + [0] * len(plain), size, [*tensors, *plain])
-    if batch is None or any(map(batched, plain)):
+    if batch is None or any(map(is_legacy_batchedtensor, plain)):
         raise RuntimeError(_ONE_BATCH)
     found: Results = Node.apply(batch[0], *batch[1])  # type: ignore[no-untyped-call]
     return tuple(None if one is None else torch._add_batch_dim(one, 0, level) for one in found)
@@ -265,6 +267,10 @@ class Node(Function):
         raise NotImplementedError(NO_FORWARD_MODE)
 
 
+NO_TRANSFORMS = (
+    "a RemoteModule cannot be used inside torch.func transforms (grad, vmap, jvp, ...): use torch.autograd.grad with "
+    "create_graph or is_grads_batched, or torch.autograd.functional"
+)
 NO_FORWARD_MODE = (
     "a RemoteModule has no forward mode: use torch.autograd.functional.jvp, which goes backward twice, or the jvp "
     "method of the client's RemoteModel"

@@ -29,7 +29,8 @@ MAX_OP_BYTES = 512 << 20
 #: Ops that were sent and whose answers are not written: no more are sent until some are, so that a client which does
 #: not read holds only so many results in the worker.
 _MAX_UNWRITTEN = 64
-#: Seconds without an op after which a session ends early when the server is shutting down.
+#: A session without an op for this part of the time that a server has to shut down, or so many seconds, ends early.
+_QUIET_PART = 0.1
 _QUIET = 2.0
 
 
@@ -89,6 +90,7 @@ class Stream:
         self._nudge = asyncio.Event()
         self._leaving: pb.GoAway | None = None
         self._leave_at = float("inf")
+        self._quiet = _QUIET
         self._heard = self._wrote = self._busy = time.monotonic()
 
     async def serve(self, first: int) -> None:
@@ -123,6 +125,7 @@ class Stream:
         self._leaving = pb.GoAway(reason=reason)
         self._leaving.time_left.FromMilliseconds(int(seconds * 1000))
         self._leave_at = time.monotonic() + seconds
+        self._quiet = min(_QUIET, seconds * _QUIET_PART)
         self._nudge.set()
 
     async def _lost(self) -> None:
@@ -262,7 +265,7 @@ class Stream:
                 )
             if idle >= options.idle_seconds:
                 raise Fault(Reason.SESSION_LOST, f"the session was idle for {options.idle_seconds:g} s")
-            if now >= self._leave_at or (self._leave_at < float("inf") and idle >= _QUIET):
+            if now >= self._leave_at or (self._leave_at < float("inf") and idle >= self._quiet):
                 raise Fault(Reason.SESSION_LOST, "the server is shutting down")
 
     def _pause(self, beat: float) -> float:
@@ -270,5 +273,5 @@ class Stream:
         now = time.monotonic()
         due = min(self._wrote + beat, self._busy + self._options.idle_seconds, self._leave_at)
         if self._leave_at < float("inf"):
-            due = min(due, now + 0.25)
+            due = min(due, now + 0.1)
         return max(due - now, 0.05)
