@@ -16,5 +16,5 @@ for major in 6 7; do
     exit 1
   fi
   echo "== protobuf $($venv/bin/python -c 'import google.protobuf; print(google.protobuf.__version__)')"
-  $venv/bin/python -m pytest -q tests/unit/test_wire_*.py tests/unit/test_client_*.py
+  $venv/bin/python -m pytest -q tests/unit/test_wire_*.py tests/unit/test_client_*.py tests/unit/test_session_client.py
 done

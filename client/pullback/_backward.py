@@ -15,8 +15,9 @@ from pullback._lineage import Kin, Leaves, Ref, merged
 from pullback._session import Pending, Session
 from pullback._tensor import Tensor
 
-#: Gradients' bytes that come along with a backward, in all.
-_FETCH_IN_ALL = 256 << 10
+#: A gradient of at most so many bytes comes along with a backward, and so many bytes in all: most are read at once.
+_FETCH_BELOW = 512 << 10
+_FETCH_IN_ALL = 1 << 20
 
 
 class _Run:
@@ -67,11 +68,13 @@ class _Run:
     ) -> tuple[Pending, list[HandleInfo]]:
         """Sends the op and waits for it."""
         room = _FETCH_IN_ALL
+        # Those that will be differentiated in turn are less often read.
+        most = FETCH_BELOW if create_graph else _FETCH_BELOW
         fetch = []
         for position, owner in enumerate(owners):
             # Only what is known: waiting for a shape would cost more than the value.
-            size = owner.nbytes if owner.fetches_grad and owner.is_known_leaf else FETCH_BELOW + 1
-            if size <= min(room, FETCH_BELOW):
+            size = owner.nbytes if owner.fetches_grad and owner.is_known_leaf else most + 1
+            if size <= min(room, most):
                 fetch.append(position)
                 room -= size
         pending = self.session.grad(

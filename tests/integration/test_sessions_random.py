@@ -444,7 +444,9 @@ class Machine:
 
     def only_inputs(self, backward: Any, *arguments: Any, inputs: list[Any], **options: Any) -> None:
         """torch's backward(inputs=) also fills `.grad` of other tensors with retain_grad(), though it says otherwise."""
-        others = [mine for mine, _ in self.pairs.values() if not mine.is_leaf and all(mine is not one for one in inputs)]
+        others = [
+            mine for mine, _ in self.pairs.values() if not mine.is_leaf and all(mine is not one for one in inputs)
+        ]
         kept = [(mine, mine.grad) for mine in others]
         try:
             backward(*arguments, inputs=inputs, **options)
@@ -461,7 +463,10 @@ class Machine:
         kept = [(mine, found if found is None else (found, found.detach().clone())) for mine, found in kept]
         try:
             # Independent of one another and of the cotangents, whose memory torch lets them share.
-            return [one if one is None or one.grad_fn or 0 in one.stride() else one.clone() for one in grad(*arguments, **options)]
+            return [
+                one if one is None or one.grad_fn or 0 in one.stride() else one.clone()
+                for one in grad(*arguments, **options)
+            ]
         finally:
             for mine, found in kept:
                 if found is None or mine.grad is not found[0]:

@@ -53,8 +53,7 @@ def _check_implicit(output: Held, field: str) -> None:
     if tensor.numel() != 1 or tensor.is_complex():
         raise Fault(
             Reason.MISSING_COTANGENT,
-            f"{field} is missing: it may be left out only for a real scalar, but the output {output.handle} is "
-            f"{describe(tensor)}",
+            f"{field} is missing: it may be left out only for a real scalar, but the output is {describe(tensor)}",
             field,
         )
 
@@ -84,7 +83,7 @@ def _check_like(tensor: torch.Tensor, output: Held, expected: list[int], field: 
         first = " (rows first)" if len(expected) > like.ndim else ""
         raise Fault(
             Reason.BAD_COTANGENT,
-            f"{field} has the shape {list(tensor.shape)}, expected {expected} as the output {output.handle}{first}",
+            f"{field} has the shape {list(tensor.shape)}, expected {expected} as its output{first}",
             f"{field}.shape",
         )
     mixed = tensor.dtype != like.dtype and (tensor.is_complex() or like.is_complex())
@@ -92,6 +91,6 @@ def _check_like(tensor: torch.Tensor, output: Held, expected: list[int], field: 
     if mixed or not differentiable(tensor.dtype):
         raise Fault(
             Reason.BAD_COTANGENT,
-            f"{field} is {name_of(tensor.dtype)}, expected {name_of(like.dtype)} as the output {output.handle}",
+            f"{field} is {name_of(tensor.dtype)}, expected {name_of(like.dtype)} as its output",
             f"{field}.dtype",
         )

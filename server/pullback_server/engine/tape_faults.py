@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pullback_server.engine.backward import NO_FORMULA
 from pullback_server.engine.call import model_error, text_of
-from pullback_server.engine.tape_state import Held, Lineage
+from pullback_server.engine.tape_state import Lineage
 from pullback_server.faults import Fault
 from pullback_wire import Reason
 
 
-def shown(helds: Sequence[Held]) -> str:
-    """Handles, for a sentence."""
-    return ", ".join(str(held.handle) for held in helds[:8]) + (" ..." if len(helds) > 8 else "")
-
-
-def explained(error: BaseException, lineage: Lineage, outputs: Sequence[Held], first: bool) -> Fault:
+def explained(error: BaseException, lineage: Lineage, first: bool) -> Fault:
     """The fault for an exception. first: whether only first derivatives are concerned."""
     text = text_of(error)
     owner = " or ".join(sorted(hosted.owner for hosted in lineage.models)) or "the graph"
@@ -25,14 +18,14 @@ def explained(error: BaseException, lineage: Lineage, outputs: Sequence[Held], f
     if "Trying to backward through the graph a second time" in text:
         return Fault(
             Reason.GRAPH_FREED,
-            f"the graph behind {shown(outputs)} was freed by an earlier backward: say retain_graph=True in every "
-            "backward but the last one, or run the forward again",
+            "the graph, or a part of it, was freed by an earlier backward: say retain_graph=True in every backward but "
+            "the last one, or run the forward again",
             "outputs",
         )
     if "modified by an inplace operation" in text:
         return Fault(
             Reason.MODIFIED_IN_PLACE,
-            f"a tensor that the backward of {shown(outputs)} needs was changed in place after the forward: {text}",
+            f"a tensor that the backward needs was changed in place after the forward: {text}",
             "outputs",
         )
     if any(part in text for part in NO_FORMULA):

@@ -14,7 +14,7 @@ from pullback_server.engine.call import out_of_memory
 from pullback_server.engine.guards import plain_kernels, quiet_vmap, without_cudnn
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_cotangents import grad_outputs
-from pullback_server.engine.tape_faults import explained, shown
+from pullback_server.engine.tape_faults import explained
 from pullback_server.engine.tape_orders import Watch
 from pullback_server.engine.tape_state import PLAIN, Afford, Held, Lineage, Operands, merged
 from pullback_server.faults import Fault
@@ -48,15 +48,15 @@ class Backward:
                 f"{len(op.inputs)} inputs and {len(op.handles)} handles for their gradients, expected as many",
                 "handles",
             )
-        for held in self.outputs:
+        for index, held in enumerate(self.outputs):
             if not held.tensor.requires_grad:
                 raise Fault(
                     Reason.NOT_DIFFERENTIABLE,
-                    f"the output {held.handle} ({describe(held.tensor)}) needs no grad: it does not depend on a tensor "
-                    "that requires grad, or not differentiably",
-                    f"outputs[{held.handle}]",
+                    f"outputs[{index}] ({describe(held.tensor)}) needs no grad: it does not depend on a tensor that "
+                    "requires grad, or not differentiably",
+                    f"outputs[{index}]",
                 )
-        for held in self.inputs:
+        for index, held in enumerate(self.inputs):
             if not held.tensor.requires_grad:
                 why = (
                     "does not require grad"
@@ -65,8 +65,8 @@ class Backward:
                 )
                 raise Fault(
                     Reason.NOT_DIFFERENTIABLE,
-                    f"the input {held.handle} ({describe(held.tensor)}) {why}",
-                    f"inputs[{held.handle}]",
+                    f"inputs[{index}] ({describe(held.tensor)}) {why}",
+                    f"inputs[{index}]",
                 )
 
     @property
@@ -132,7 +132,7 @@ class Backward:
         except BaseException as error:
             if out_of_memory(error):
                 raise
-            raise explained(error, self.lineage, self.outputs, self.first) from error
+            raise explained(error, self.lineage, self.first) from error
 
     def _rehearse(self, watch: Watch, outputs: Tensors, inputs: Tensors, given: Sequence[torch.Tensor | None]) -> None:
         """A backward whose grad_outputs require grad, so that a Function shows when it drops a part of the graph."""
@@ -208,12 +208,11 @@ def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Ma
             hosted.restore_state()
         ledger.dropped(len(op.outputs))
     if not op.allow_unused and any(gradient is None for gradient in found):
-        unused = [held for held, gradient in zip(backward.inputs, found, strict=True) if gradient is None]
+        unused = [f"inputs[{index}]" for index, gradient in enumerate(found) if gradient is None]
         raise Fault(
             Reason.UNUSED_INPUT,
-            f"the outputs {shown(backward.outputs)} do not depend on the inputs {shown(unused)}; with "
-            "allow_unused they come back marked as unused",
-            f"inputs[{unused[0].handle}]",
+            f"the outputs do not depend on {', '.join(unused[:8])}; with allow_unused they come back marked as unused",
+            unused[0],
         )
     lineage = backward.lineage
     lineage = replace(lineage, order=lineage.order + 1) if op.create_graph else PLAIN
