@@ -88,7 +88,7 @@ def test_retain_graph() -> None:
     for _ in range(2):
         close(s.get(s.grad(y, x, retain_graph=True)), 3 * value**2)
     s.grad(y, x)
-    with refused(Reason.GRAPH_FREED, "retain_graph=True", str(y)):
+    with refused(Reason.GRAPH_FREED, "retain_graph=True"):
         s.grad(y, x)
     y = s.op("sum", s.model("cube", [x]))
     # Absent: the value of create_graph.
@@ -102,7 +102,7 @@ def test_unused_inputs() -> None:
     s = cubes()
     x, z = s.leaf(real(2)), s.leaf(real(2))
     y = s.op("sum", s.model("cube", [x]))
-    with refused(Reason.UNUSED_INPUT, str(z), "allow_unused"):
+    with refused(Reason.UNUSED_INPUT, "inputs[1]", "allow_unused"):
         s.grads(y, [x, z], retain_graph=True)
     _, unused = s.grads(y, [x, z], allow_unused=True)
     assert [record.unused for record in s.records] == [False, True]
@@ -114,17 +114,17 @@ def test_what_cannot_be_differentiated() -> None:
     s = cubes()
     x, plain, whole = s.leaf(real(2)), s.put(real(2)), s.put(torch.arange(2))
     y = s.model("cube", [plain])
-    with refused(Reason.NOT_DIFFERENTIABLE, f"output {y}"):
+    with refused(Reason.NOT_DIFFERENTIABLE, "outputs[0]"):
         s.grad(y, x, [real(2)])
     y = s.model("mix", {"x": x, "y": plain})
-    with refused(Reason.NOT_DIFFERENTIABLE, f"input {plain}"):
+    with refused(Reason.NOT_DIFFERENTIABLE, "inputs[0]"):
         s.grad(y, plain, [real(2)])
-    with refused(Reason.NOT_DIFFERENTIABLE, f"input {whole}", "int64"):
+    with refused(Reason.NOT_DIFFERENTIABLE, "inputs[0]", "int64"):
         s.grad(y, whole, [real(2)])
     with refused(Reason.NOT_DIFFERENTIABLE, "int64"):
         s.leaf(torch.arange(2))
     z = s.op("detach", y)
-    with refused(Reason.NOT_DIFFERENTIABLE, str(z)):
+    with refused(Reason.NOT_DIFFERENTIABLE, "outputs[0]"):
         s.grad(z, x, [real(2)])
     with refused(Reason.NOT_DIFFERENTIABLE):
         s.grad(s._call(ops.Model("cube", "", None, False, None), [x], no_grad=True), x, [real(2)])
@@ -218,7 +218,7 @@ def test_a_changed_saved_value_is_refused() -> None:
     y = s.op("exp", x)
     z = s.op("sum", y)
     s.in_place("add_", y, real(3))
-    with refused(Reason.MODIFIED_IN_PLACE, str(z)):
+    with refused(Reason.MODIFIED_IN_PLACE):
         s.grad(z, x)
 
 
