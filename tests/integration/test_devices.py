@@ -75,3 +75,46 @@ def test_a_class_out_of_range_never_reaches_a_kernel(client: pb.Client) -> None:
     with pytest.raises(pb.errors.ValueOutOfRange):
         model.value_and_grad(x, loss="cross_entropy", target=np.full(shape[:-1], 10**6))
     assert np.isfinite(model.evaluate(x)).all()
+
+
+@pytest.mark.parametrize("name", ["lstm", "transformer", "conv"])
+def test_sessions_on_the_device(client: pb.Client, name: str) -> None:
+    """A penalty on a gradient, through a held graph, against a difference of first gradients."""
+    model = client.model(name)
+    (spec, *_) = model.info.inputs
+    shape = tuple(4 if isinstance(extent, str) else extent for extent in spec.shape or ())
+    rng = np.random.default_rng(1)
+    x, t = rng.normal(size=shape), rng.normal(size=shape)
+
+    def total(leaf: pb.Tensor) -> pb.Tensor:
+        made = model(leaf)
+        parts = list(made.values()) if isinstance(made, dict) else [made]
+        sums = [part.sum() for part in parts if part.requires_grad]
+        return sum(sums[1:], sums[0])
+
+    leaf = client.tensor(x, requires_grad=True)
+    (gradient,) = pb.autograd.grad(total(leaf), leaf, create_graph=True)
+    assert gradient is not None
+    (gradient * t).sum().backward()
+    step = 1e-5
+    moved = []
+    for sign in (1, -1):
+        other = client.tensor(x + sign * step * t, requires_grad=True)
+        total(other).backward()
+        assert other.grad is not None
+        moved.append(other.grad.numpy())
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad.numpy(), (moved[0] - moved[1]) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+def test_large_tensors_of_a_session(client: pb.Client) -> None:
+    """By chunks, and through memory that is used again while the session's graph lives."""
+    x = np.random.default_rng(2).standard_normal(1 << 20)
+    leaf = client.tensor(x, requires_grad=True)
+    y = (leaf**3).sum()
+    for seed in range(4):
+        other = np.random.default_rng(seed).standard_normal(1 << 20)
+        np.testing.assert_array_equal(client.tensor(other).clone().numpy(), other)
+    y.backward()
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad.numpy(), 3 * x**2, rtol=1e-14)

@@ -211,7 +211,10 @@ class Worker:
         if not isinstance(run.job, SessionJob):
             return tensors_of(references(run.job), places, watch, self._device)
         tensors = tensors_of(op_references(run.job), places, None, self._device)
-        if run.slot is not None and self._device.type == "cpu":
+        if self._device.type == "cuda":
+            # What the session keeps must have been read before the front uses the memory again, also if the op fails.
+            torch.cuda.current_stream(self._device).synchronize()
+        elif run.slot is not None:
             # The slot is used again; an upload's segment is not, and the tail of a message is nobody else's.
             packed_ones = len(run.lengths)
             tensors[:packed_ones] = [tensor.clone() for tensor in tensors[:packed_ones]]
