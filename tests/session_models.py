@@ -234,6 +234,13 @@ def writes_into_its_input(x: torch.Tensor) -> torch.Tensor:
     return x.sin() * x
 
 
+@function("writes_behind")
+def writes_behind(x: torch.Tensor) -> torch.Tensor:
+    """Doubles what it was given, where no version counter sees it."""
+    x.data.mul_(2)
+    return x.sin()
+
+
 @function("partly_cut")
 def partly_cut(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """One output without gradients, one of integers."""
@@ -327,7 +334,7 @@ class WritesIntoItself(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1

@@ -60,6 +60,10 @@ class ForkGate:
 
 gate = ForkGate()
 
+# gRPC reads this as it is imported, which the client does with its first call. Without it a process that forks while a
+# session's stream is open (a DataLoader does) leaves gRPC in the child in a state that aborts it now and then.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=gate.before_fork, after_in_parent=gate.after_in_parent, after_in_child=gate.after_in_child
