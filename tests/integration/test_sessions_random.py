@@ -27,7 +27,7 @@ import pullback as pb
 from pullback import errors
 from pullback_server import Server
 
-COUNT = int(os.environ.get("PULLBACK_RANDOM_PROGRAMS", "120"))
+COUNT = int(os.environ.get("PULLBACK_RANDOM_PROGRAMS", "300"))
 SEED = int(os.environ.get("PULLBACK_RANDOM_SEED", "0"))
 
 # What torch says, and what must be said here instead of InternalError or ModelError.
