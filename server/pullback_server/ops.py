@@ -125,7 +125,10 @@ class SessionJob(msgspec.Struct, array_like=True, tag="op"):
 
 
 class HandleRecord(msgspec.Struct, array_like=True, frozen=True):
-    """A tensor that an op made or read. `value`: where its bytes are, if they come along. unused: it does not exist."""
+    """A tensor that an op made or read. `value`: where its bytes are, if they come along. unused: it does not exist.
+
+    shares: the handle of an operand that lies in the same memory; 0: none.
+    """
 
     handle: int
     name: str
@@ -134,6 +137,7 @@ class HandleRecord(msgspec.Struct, array_like=True, frozen=True):
     requires_grad: bool
     unused: bool = False
     value: TensorRef | None = None
+    shares: int = 0
 
 
 class SessionOutcome(msgspec.Struct, array_like=True, tag="session"):

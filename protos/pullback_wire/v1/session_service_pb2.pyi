@@ -754,6 +754,7 @@ class HandleInfo(google.protobuf.message.Message):
     REQUIRES_GRAD_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
     HAS_VALUE_FIELD_NUMBER: builtins.int
+    SHARES_FIELD_NUMBER: builtins.int
     handle: builtins.int
     """The handle."""
     name: builtins.str
@@ -764,6 +765,10 @@ class HandleInfo(google.protobuf.message.Message):
     """Whether it requires grad."""
     has_value: builtins.bool
     """Whether the bytes came along."""
+    shares: builtins.int
+    """A handle among the op's operands (kept ones included) with which it shares memory, as a view or because it is the
+    same tensor: what changes one in place changes the other. 0: none.
+    """
     @property
     def tensor(self) -> pullback_wire.v1.tensor_pb2.Tensor:
         """dtype and shape, and the bytes when they were asked for."""
@@ -777,9 +782,10 @@ class HandleInfo(google.protobuf.message.Message):
         requires_grad: builtins.bool = ...,
         tensor: pullback_wire.v1.tensor_pb2.Tensor | None = ...,
         has_value: builtins.bool = ...,
+        shares: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["handle", b"handle", "has_value", b"has_value", "name", b"name", "requires_grad", b"requires_grad", "tensor", b"tensor", "unused", b"unused"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "has_value", b"has_value", "name", b"name", "requires_grad", b"requires_grad", "shares", b"shares", "tensor", b"tensor", "unused", b"unused"]) -> None: ...
 
 Global___HandleInfo: typing_extensions.TypeAlias = HandleInfo
 

@@ -70,7 +70,7 @@ class HostedModel:
         #: Learned: its own code differentiates by its parameters.
         self.needs_natural = False
         #: Circumstances (tape_model) in which a call was seen to leave its inputs as they were.
-        self.spared_inputs: set[Any] = set()
+        self.spared: set[Any] = set()
         #: Learned: its graphs hold on to modules, to run them again in the backward.
         self.recomputes = False
         #: Whether it consists of torch's own modules alone.
@@ -204,6 +204,8 @@ class HostedModel:
         def back() -> None:
             for parameter in changed:
                 parameter.requires_grad_(False)
+                # A model that runs backward() itself leaves its gradients behind.
+                parameter.grad = None
 
         return back
 
@@ -221,7 +223,7 @@ class HostedModel:
         wrote = False
         for name, before in (snapshot or {}).items():
             now = self.parameters[name].detach()
-            if not _same(now, before):
+            if not same(now, before):
                 now.copy_(before)
                 wrote = self.writes_parameters = True
         if snapshot is not None:
@@ -388,6 +390,6 @@ def _takes_arguments(target: Callable[..., Any]) -> bool:
     )
 
 
-def _same(now: torch.Tensor, before: torch.Tensor) -> bool:
+def same(now: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether two tensors are equal, NaN being equal to itself."""
     return bool(((now == before) | ((now != now) & (before != before))).all())

@@ -76,6 +76,14 @@ def _saved_by(node: Any) -> Iterable[torch.Tensor]:
     return found
 
 
+def _node_of(tensor: torch.Tensor) -> Any:
+    try:
+        return tensor.grad_fn
+    # A view made under no_grad, and changed since: torch does not let it have a graph.
+    except RuntimeError:
+        return None
+
+
 class Ledger:
     """The storages of one session, and their bytes."""
 
@@ -118,7 +126,7 @@ class Ledger:
 
     def note_graph(self, tensors: Iterable[torch.Tensor]) -> None:
         """What the graphs behind some tensors saved, as far as it is not noted yet."""
-        stack: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        stack: list[Any] = [node for tensor in tensors if (node := _node_of(tensor)) is not None]
         note = self.note
         while stack:
             node = stack.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +144,8 @@ class Tape:
                 raise Fault(Reason[record.reason], record.message, record.field, record.retry_after)
         if not isinstance(op, (ops.Put, ops.Get)):
             self._note(made)
-        result = self._result(made, fetch, fetch_below, job.max_result_bytes)
+        shared = self._memory(op) if isinstance(op, ops.Call) else {}
+        result = self._result(made, fetch, fetch_below, job.max_result_bytes, shared)
         for handle, _, held in made:
             if held is not None and held.handle == 0:
                 self._handles.store(handle, held)
@@ -174,7 +175,17 @@ class Tape:
         if self._ledger.bound > self._afford.budget and (held := self._ledger.settle()) > self._afford.budget:
             raise self._afford.over(self._retained, held)
 
-    def _result(self, made: Made, fetch: Sequence[int], fetch_below: int, limit: int) -> TapeResult:
+    def _memory(self, call: ops.Call) -> dict[int, int]:
+        """The operands of a call that have handles, by the storage they lie in."""
+        found: dict[int, int] = {}
+        for operand in (*call.inputs, *call.targets, *call.parameters):
+            if handle := operand.handle or operand.keep:
+                found.setdefault(self._handles[handle].tensor.untyped_storage()._cdata, handle)
+        return found
+
+    def _result(
+        self, made: Made, fetch: Sequence[int], fetch_below: int, limit: int, shared: Mapping[int, int]
+    ) -> TapeResult:
         """The answer, with the values that were asked for. Raises Fault (RESULT_TOO_LARGE)."""
         wanted = set(fetch)
         total = 0
@@ -200,7 +211,9 @@ class Tape:
             if fetched:
                 ref = TensorRef(name, number, shape, len(values))
                 values.append(tensor.detach())
-            records.append(ops.HandleRecord(handle, name, number, shape, tensor.requires_grad, False, ref))
+            # A tensor that was changed in place is the operand itself.
+            shares = shared.get(tensor.untyped_storage()._cdata, 0) if shared and not held.handle else 0
+            records.append(ops.HandleRecord(handle, name, number, shape, tensor.requires_grad, False, ref, shares))
         return TapeResult(ops.SessionOutcome(records, 0, 0, {}), values)
 
 

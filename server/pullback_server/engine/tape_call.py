@@ -24,7 +24,7 @@ from pullback_server.job import LossCall
 from pullback_wire import Reason
 
 #: How often a model's call is computed anew with what was learned about it. Each thing is learned once.
-_ATTEMPTS = 7
+_ATTEMPTS = 9
 
 Made = list[tuple[int, str, Held | None]]
 

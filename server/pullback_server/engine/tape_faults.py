@@ -13,6 +13,8 @@ def explained(error: BaseException, lineage: Lineage, first: bool) -> Fault:
     """The fault for an exception. first: whether only first derivatives are concerned."""
     text = text_of(error)
     owner = " or ".join(sorted(hosted.owner for hosted in lineage.models)) or "the graph"
+    if not lineage.models and isinstance(error, Exception) and not isinstance(error, RuntimeError):
+        return Fault(Reason.BAD_OPERAND, f"torch's backward raised {type(error).__name__}: {text}", "outputs")
     if not isinstance(error, RuntimeError):
         return model_error(owner, error)
     if "Trying to backward through the graph a second time" in text:
@@ -45,4 +47,6 @@ def explained(error: BaseException, lineage: Lineage, first: bool) -> Fault:
         )
     if "grad" in text and ("Mismatch in shape" in text or "dtype" in text) and not lineage.models:
         return Fault(Reason.BAD_COTANGENT, text, "grad_outputs")
+    if not lineage.models:
+        return Fault(Reason.BAD_OPERAND, f"torch's backward raised {type(error).__name__}: {text}", "outputs")
     return model_error(owner, error)

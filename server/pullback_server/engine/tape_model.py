@@ -18,7 +18,7 @@ from pullback_server.engine.guards import (
     plain_kernels,
     without_cudnn,
 )
-from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.hosted import HostedModel, same
 from pullback_server.engine.losses import PreparedLoss
 from pullback_server.engine.replica import Stage
 from pullback_server.engine.tape_state import PLAIN, Held, Lineage, merged
@@ -131,30 +131,38 @@ class _Watched:
 
     def __init__(self, copies: bool) -> None:
         self.copies = copies
-        self._lent: list[tuple[Held, torch.Tensor, int]] = []
+        self._lent: list[tuple[str, Held, torch.Tensor, int]] = []
 
-    def lend(self, held: Held) -> torch.Tensor:
+    def lend(self, name: str, held: Held) -> torch.Tensor:
         tensor = held.tensor
         if self.copies:
             tensor = tensor.clone()
         elif not tensor.requires_grad:
-            # A model may ask its input to require grad; that must not stick.
-            tensor = tensor.detach()
-        self._lent.append((held, tensor, tensor._version))
+            # A model may ask its input to require grad; that must not stick. A view, not detach(): what is written to
+            # the session's tensor later, autograd must find in the model's outputs that are views of it.
+            tensor = tensor.view_as(tensor)
+        self._lent.append((name, held, tensor, tensor._version))
         return tensor
 
-    def written(self) -> list[Held]:
-        return [held for held, tensor, version in self._lent if tensor._version != version]
+    def written(self) -> dict[str, Held]:
+        return {name: held for name, held, tensor, version in self._lent if tensor._version != version}
+
+    def changed(self) -> bool:
+        """Whether copies are not what they are copies of; writes through `.data` or numpy leave no other trace."""
+        return any(not same(tensor.detach(), held.tensor.detach()) for _, held, tensor, _ in self._lent)
 
 
 def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dict[str, torch.Tensor], Witness]:
-    circumstances = run.train, run.no_grad, tuple(held.tensor.requires_grad for held in run.inputs.values())
-    inputs = _Watched(hosted.writes_inputs or circumstances not in hosted.spared_inputs)
-    parameters = _Watched(hosted.writes_parameters)
+    given = {**run.inputs, **run.parameters}
+    circumstances = run.train, run.no_grad, tuple((name, held.tensor.requires_grad) for name, held in given.items())
+    # The first time in each circumstances, what the model does to what it is given is looked at on copies.
+    first = circumstances not in hosted.spared
+    inputs = _Watched(hosted.writes_inputs or first)
+    parameters = _Watched(hosted.writes_parameters or first)
     natural = hosted.needs_natural and not run.no_grad
-    torch._C._set_grad_enabled(not run.no_grad)
-    arguments, keywords = hosted.binding.arrange({name: inputs.lend(held) for name, held in run.inputs.items()})
+    arguments, keywords = hosted.binding.arrange({name: inputs.lend(name, held) for name, held in run.inputs.items()})
     swaps = _swaps(hosted, run, parameters, natural)
+    torch._C._set_grad_enabled(not run.no_grad)
     stage = Stage(hosted, swaps, run.train)
     witness = Witness()
     watching = contextlib.nullcontext() if hosted.stock or run.no_grad else witness.watching()
@@ -173,10 +181,15 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
         # Whatever the model left.
         torch._C._set_grad_enabled(True)
     _check_untouched(hosted, inputs, parameters)
-    if not hosted.writes_inputs:
-        hosted.spared_inputs.add(circumstances)
     stage.check()
-    return flatten(result, hosted.registration.outputs, hosted.owner), witness
+    outputs = flatten(result, hosted.registration.outputs, hosted.owner)
+    if first:
+        hosted.spared.add(circumstances)
+        hosted.writes_inputs |= inputs.changed()
+        hosted.writes_parameters |= parameters.changed()
+        # Now as ever after, on the session's own tensors where they are safe: what comes out may be views of them.
+        raise Again
+    return outputs, witness
 
 
 def _swaps(hosted: HostedModel, run: Run, given: _Watched, natural: bool) -> dict[str, torch.Tensor]:
@@ -187,7 +200,7 @@ def _swaps(hosted: HostedModel, run: Run, given: _Watched, natural: bool) -> dic
             value = own.detach().clone() if hosted.writes_parameters else own.detach()
             swaps[name] = torch.nn.Parameter(value, requires_grad=natural and hosted.natural[name])
     for name, held in run.parameters.items():
-        tensor = given.lend(held)
+        tensor = given.lend(name, held)
         hooks = hosted.parameters[name]._backward_hooks
         if hooks and tensor.requires_grad:
             # What the model's author hung on the parameter belongs to its gradient, whatever its value.
@@ -200,18 +213,18 @@ def _swaps(hosted: HostedModel, run: Run, given: _Watched, natural: bool) -> dic
 
 def _check_untouched(hosted: HostedModel, inputs: _Watched, parameters: _Watched) -> None:
     """Notes what a model wrote into. Raises Overwritten where that was the session's."""
-    lost: list[Held] = []
+    lost: dict[str, Held] = {}
     if written := inputs.written():
         hosted.writes_inputs = True
-        lost += [] if inputs.copies else written
+        lost |= {} if inputs.copies else written
     if written := parameters.written():
         hosted.writes_parameters = True
-        lost += [] if parameters.copies else written
+        lost |= {} if parameters.copies else written
     if lost:
         raise Overwritten(
-            lost,
-            f"{hosted.owner} wrote into the tensors it was given: {listed(str(held.handle) for held in lost)} no "
-            "longer hold what they did; from now on it is given copies",
+            list(lost.values()),
+            f"{hosted.owner} wrote into what it was given as {listed(lost)}, which it had not done before: those "
+            "tensors no longer hold what they did, and cannot be used; from now on it is given copies",
         )
 
 

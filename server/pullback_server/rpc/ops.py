@@ -177,7 +177,11 @@ def result_of(outcome: ops.SessionOutcome) -> pb.OpResult:
     result = pb.OpResult()
     for record in outcome.handles:
         info = result.handles.add(
-            handle=record.handle, name=record.name, unused=record.unused, requires_grad=record.requires_grad
+            handle=record.handle,
+            name=record.name,
+            unused=record.unused,
+            requires_grad=record.requires_grad,
+            shares=record.shares,
         )
         if not record.unused:
             info.tensor.dtype = record.dtype  # type: ignore[assignment]
