@@ -957,7 +957,6 @@ def test_copies_do_not_make_their_source_require_grad(session: pb.Session) -> No
     assert not x.requires_grad and x.is_leaf
 
 
-@pytest.mark.xfail(strict=True, reason="retained.py note_graph looks at .grad_fn of a view made under no_grad")
 @pytest.mark.parametrize("key", [0, slice(0, 1), (slice(None), 1), ...])
 def test_items_are_set_under_no_grad(session: pb.Session, key: Any) -> None:
     """w[0] = 0 under no_grad is how weights are pruned. INTERNAL, after it has been done."""
@@ -972,9 +971,8 @@ def test_items_are_set_under_no_grad(session: pb.Session, key: Any) -> None:
     equal(x.grad, 2 * t.detach())
 
 
-@pytest.mark.xfail(strict=True, reason="tape_model._Watched.lend detaches what needs no grad: writes are not tracked")
 def test_views_by_models_of_what_needs_no_grad(client: pb.Client) -> None:
-    """SILENT: the value follows, the gradient is None. Second call, for the first one copies."""
+    """Values follow what is written to the base, and so do gradients."""
     for _ in range(2):
         base, w = client.tensor(np.zeros((2, 2))), client.tensor(X, requires_grad=True)
         view = client.model("same")(base)
@@ -990,9 +988,8 @@ def test_views_by_models_of_what_needs_no_grad(client: pb.Client) -> None:
     equal(w.grad, t.grad)
 
 
-@pytest.mark.xfail(strict=True, reason="tape_model._forward copies inputs in a model's first run in each circumstances")
 def test_views_of_inputs_from_the_first_call_on() -> None:
-    """SILENT: whether a model's output shares its input's memory depends on what anybody called before."""
+    """Whether a model's output shares its input's memory does not depend on what anybody called before."""
     with Server(MODELS, devices="cpu", threads=1) as server, pb.connect(server.target) as client:
         seen = []
         for _ in range(3):
@@ -1002,9 +999,6 @@ def test_views_of_inputs_from_the_first_call_on() -> None:
         assert seen[0] == seen[1] == seen[2]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tape_model._Watched sees version counters alone, and the client's value is stale"
-)
 def test_models_that_write_behind_autograds_back(client: pb.Client) -> None:
     """SILENT: x says [1, 2], the server computes with [2, 4]; or not, in the first call."""
     for _ in range(2):
