@@ -23,6 +23,7 @@ NO_FORMULA = (
     "double-backward",
     # A backward through numpy that does not detach.
     "Can't call numpy() on Tensor that requires grad",
+    "an autograd kernel was not registered",
 )
 _CUDNN = "cudnn RNN backward can only be called in training mode"
 
@@ -56,7 +57,7 @@ def explain(call: Call, error: BaseException, order: int) -> Exception:
     if _CUDNN in text and not hosted.without_cudnn:
         hosted.without_cudnn = True
         return call.rerun()
-    if isinstance(error, RuntimeError) and any(part in text for part in NO_FORMULA):
+    if isinstance(error, (RuntimeError, Warning)) and any(part in text for part in NO_FORMULA):
         if order == 1:
             return Fault(Reason.NOT_DIFFERENTIABLE, f"{hosted.owner} cannot be differentiated: {text}")
         return Fault(
@@ -81,6 +82,11 @@ class Rows:
     def __call__(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """The graph stays. Raises Fault."""
         if self._vectorised:
+            if not self._call.hosted.stock:
+                # A backward that writes into what it is given must not spoil it for the second attempt.
+                kept, values = values, [value.clone() for value in values]
+            else:
+                kept = values
             try:
                 with quiet_vmap():
                     return list(
@@ -91,6 +97,7 @@ class Rows:
             # It runs the user's backward on tensors of another kind, which may fail in any way, and takes memory.
             except BaseException as error:
                 self._vectorised = False
+                values = kept
                 if out_of_memory(error) and self._call.device.type == "cuda":
                     torch.cuda.empty_cache()
         rows = [

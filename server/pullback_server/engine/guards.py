@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -76,10 +77,22 @@ class Randomness:
                     generator.seed()
 
 
+#: An operator without a derivative contributes a gradient of zero, of which torch only warns.
+_NO_KERNEL: Any = (
+    "error",
+    re.compile(r".*an autograd kernel was not registered to the Autograd key", re.DOTALL),
+    Warning,
+    None,
+    0,
+)
+
+
 class Ambience:
     """Puts back what user code may have changed for the whole process: grad mode, default dtype, autocast."""
 
     def __enter__(self) -> None:
+        if _NO_KERNEL not in warnings.filters:
+            warnings.filters.insert(0, _NO_KERNEL)  # type: ignore[attr-defined]
         self._grad = torch.is_grad_enabled()
         self._dtype = torch.get_default_dtype()
         self._autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
+import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -241,12 +243,12 @@ class HostedModel:
         """
         wrote = self._undo_first_writes()
         for place, key, tensor, version in self._expected:
-            if place.get(key) is not tensor or tensor._version != version:
+            if _at(place, key) is not tensor or tensor._version != version:
                 break
         else:
             return wrote
         for index, (place, key, tensor, version) in enumerate(self._expected):
-            if place.get(key) is tensor and tensor._version == version:
+            if _at(place, key) is tensor and tensor._version == version:
                 continue
             if index < len(self._buffers):
                 self.writes_buffers = True
@@ -316,6 +318,10 @@ class HostedModel:
         ]
 
 
+_BASE = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, weakref.ref)
+
+
 def _is_stock(module: nn.Module) -> bool:
     return (
         type(module).__module__.startswith("torch.nn.modules.")
@@ -323,7 +329,21 @@ def _is_stock(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not hasattr(module, "parametrizations")
+        and all(type(parameter) in (nn.Parameter, type(None)) for parameter in module._parameters.values())
+        # A layer may be given code of somebody's own, say as its activation.
+        and all(_is_torchs(value) for name, value in vars(module).items() if name not in _BASE)
     )
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether a layer's attribute is a plain value, or a function of torch's own."""
+    if isinstance(value, _PLAIN) or type(value) in (torch.Tensor, nn.Parameter):
+        return True
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_torchs, value))
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return str(value.__module__).partition(".")[0] == "torch"
+    return False
 
 
 def _forward(target: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
@@ -388,6 +408,14 @@ def _takes_arguments(target: Callable[..., Any]) -> bool:
     return bool([p for p in required if p.kind is not p.VAR_POSITIONAL]) or (
         bool(required) and not isinstance(target, type)
     )
+
+
+def _at(place: Any, key: str) -> Any:
+    """What a module holds under a key; a scripted module's own mapping knows no `get`."""
+    try:
+        return place[key]
+    except KeyError:
+        return None
 
 
 def same(now: torch.Tensor, before: torch.Tensor) -> bool:

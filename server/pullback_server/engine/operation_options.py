@@ -14,6 +14,8 @@ from pullback_wire import Reason
 from pullback_wire.dtypes import dtype_number
 from pullback_wire.operations import Operation
 
+#: Dtypes of index tensors that choose elements by yes and no; torch takes uint8 so as well.
+MASKS = (torch.bool, torch.uint8)
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 #: Elements of a list that is an option.
 _LONGEST = 1024
@@ -123,7 +125,7 @@ def _item(item: Any, tensors: Mapping[str, torch.Tensor], unused: set[str]) -> A
 def check_index(tensor: torch.Tensor, items: tuple[Any, ...]) -> None:
     """Whether indices lie within their axes: on CUDA one that does not costs the worker. Raises Fault."""
     consumed = sum(
-        item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1
+        item.ndim if isinstance(item, torch.Tensor) and item.dtype in MASKS else 1
         for item in items
         if item is not None and item is not Ellipsis
     )
@@ -135,7 +137,7 @@ def check_index(tensor: torch.Tensor, items: tuple[Any, ...]) -> None:
             axis += tensor.ndim - consumed
             continue
         if isinstance(item, torch.Tensor):
-            if item.dtype == torch.bool:
+            if item.dtype in MASKS:
                 axis += item.ndim
                 continue
             if item.is_floating_point() or item.is_complex():

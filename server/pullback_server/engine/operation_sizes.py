@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pullback_server.engine.operation_options import MASKS
+
 
 def _broadcast(shapes: Sequence[Sequence[int]]) -> int:
     """Elements of what the shapes broadcast to, where they do."""
@@ -25,11 +27,17 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> int:
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> int:
     if a.ndim < 2 or b.ndim < 2:
         return max(a.numel(), b.numel(), 1)
-    return _broadcast([a.shape[:-2], b.shape[:-2]]) * a.shape[-2] * b.shape[-1]
+    batches = _broadcast([a.shape[:-2], b.shape[:-2]])
+    result = a.shape[-2] * b.shape[-1]
+    # An operand that is broadcast is copied for each of its places.
+    for operand in (a, b):
+        if math.prod(operand.shape[:-2]) < batches:
+            result += operand.shape[-2] * operand.shape[-1]
+    return batches * result
 
 
 def _index(tensor: torch.Tensor, items: tuple[Any, ...]) -> int:
-    chosen = [item for item in items if isinstance(item, torch.Tensor) and item.dtype != torch.bool]
+    chosen = [item for item in items if isinstance(item, torch.Tensor) and item.dtype not in MASKS]
     if not chosen:
         masked = any(isinstance(item, torch.Tensor) for item in items)
         return tensor.numel() if masked else 0

@@ -142,8 +142,12 @@ class Tape:
             case ops.Broken():
                 record = op.fault
                 raise Fault(Reason[record.reason], record.message, record.field, record.retry_after)
+        # What was changed in place cannot be taken back, so nothing about it is refused any more.
+        in_place = isinstance(op, ops.Call) and any(held is not None and held.handle for _, _, held in made)
         if not isinstance(op, (ops.Put, ops.Get)):
-            self._note(made)
+            self._note(made, refuse=not in_place)
+        if in_place:
+            fetch, fetch_below = (), max(fetch_below, 0)
         shared = self._memory(op) if isinstance(op, ops.Call) else {}
         result = self._result(made, fetch, fetch_below, job.max_result_bytes, shared)
         for handle, _, held in made:
@@ -166,13 +170,17 @@ class Tape:
         for handle, held in leaves:
             self._handles.store(handle, held)
 
-    def _note(self, made: Made) -> None:
+    def _note(self, made: Made, refuse: bool) -> None:
         """Notes what an op made. Raises Fault (SESSION_BUDGET)."""
         tensors = [held.tensor for _, _, held in made if held is not None]
         for tensor in tensors:
             self._ledger.note(tensor)
         self._ledger.note_graph(tensors)
-        if self._ledger.bound > self._afford.budget and (held := self._ledger.settle()) > self._afford.budget:
+        if (
+            refuse
+            and self._ledger.bound > self._afford.budget
+            and (held := self._ledger.settle()) > self._afford.budget
+        ):
             raise self._afford.over(self._retained, held)
 
     def _memory(self, call: ops.Call) -> dict[int, int]:

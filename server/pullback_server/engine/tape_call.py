@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -54,17 +54,31 @@ class Caller:
                 if applied.changed is not None:
                     return [(applied.changed.handle, "", self._changed(applied, applied.changed))]
                 outputs, lineage = {"output": applied.tensor}, applied.lineage
+                del applied
         return self._made(op, outputs, lineage)
 
-    def _made(self, op: ops.Call, outputs: Mapping[str, torch.Tensor], lineage: Lineage) -> Made:
-        handles = as_handles(list(outputs), op.handles)
+    def _made(self, op: ops.Call, outputs: dict[str, torch.Tensor], lineage: Lineage) -> Made:
+        names = list(outputs)
+        handles = as_handles(names, op.handles)
+        own = {
+            self._handles[handle].tensor.untyped_storage()._cdata
+            for operand in (*op.inputs, *op.targets, *op.parameters)
+            if (handle := operand.handle or operand.keep)
+        }
         if len(handles) > len(op.handles):
             self._handles.check_free(handles[len(op.handles) :])
         made: Made = []
-        for handle, (name, tensor) in zip(handles, outputs.items(), strict=False):
+        for handle, name in zip(handles, names, strict=False):
+            tensor = outputs.pop(name)
+            # What an op of the session does to it in place must not reach the hosted model.
             if self._ledger.is_exempt(tensor):
-                # What an op of the session does to it in place must not reach the hosted model.
                 tensor = tensor.clone()
+            elif (
+                isinstance(op.callee, ops.Model)
+                and not tensor.requires_grad
+                and tensor.untyped_storage()._cdata not in own
+            ):
+                tensor = _own(tensor.detach())
             made.append((handle, name, Held(tensor, lineage if tensor.requires_grad else PLAIN)))
         return made
 
@@ -134,6 +148,14 @@ class Caller:
                 )
             made.append((handle, name, Held(own.detach().clone().requires_grad_())))
         return made
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without a graph whose memory nobody else holds: a model may keep what it returns (a table, a cache)."""
+    storage: Any = tensor.untyped_storage()
+    count: Any = torch._C._storage_Use_Count
+    # One user is the tensor, one is `storage`.
+    return tensor.clone() if count(storage._cdata) > 2 else tensor
 
 
 def _tensors(named: Named) -> dict[str, torch.Tensor]:

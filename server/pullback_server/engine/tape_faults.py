@@ -13,6 +13,8 @@ def explained(error: BaseException, lineage: Lineage, first: bool) -> Fault:
     """The fault for an exception. first: whether only first derivatives are concerned."""
     text = text_of(error)
     owner = " or ".join(sorted(hosted.owner for hosted in lineage.models)) or "the graph"
+    if isinstance(error, Warning) and any(part in text for part in NO_FORMULA):
+        return Fault(Reason.NOT_DIFFERENTIABLE, f"{owner} cannot be differentiated: {text}", "outputs")
     if not lineage.models and isinstance(error, Exception) and not isinstance(error, RuntimeError):
         return Fault(Reason.BAD_OPERAND, f"torch's backward raised {type(error).__name__}: {text}", "outputs")
     if not isinstance(error, RuntimeError):

@@ -11,7 +11,7 @@ import torch
 from pullback_server import ops
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.call import out_of_memory
-from pullback_server.engine.guards import plain_kernels, quiet_vmap, without_cudnn
+from pullback_server.engine.guards import Randomness, plain_kernels, quiet_vmap, without_cudnn
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_cotangents import grad_outputs
 from pullback_server.engine.tape_faults import explained
@@ -84,6 +84,9 @@ class Backward:
         outputs = [held.tensor for held in self.outputs]
         inputs = [held.tensor for held in self.inputs]
         given = [None if held is None else held.tensor for held in self.given]
+        if self.lineage.models:
+            # A Function's backward may write into what it is given, which the session may hold.
+            given = [None if value is None else value.clone() for value in given]
         watch = None
         if self.op.create_graph and self.lineage.models:
             watch = Watch(self.lineage, outputs, inputs)
@@ -158,7 +161,8 @@ class Backward:
         def row(index: int) -> list[torch.Tensor | None]:
             return [None if value is None else value[index] for value in given]
 
-        found = [] if watched else self._vectorised(outputs, inputs, given)
+        copies = [None if value is None else value.clone() for value in given] if self.lineage.models else given
+        found = [] if watched else self._vectorised(outputs, inputs, copies)
         if found:
             if not self.retain:
                 # The one way to have torch free the graph.
@@ -200,9 +204,15 @@ def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Ma
     # Each gradient is as large as its input, which the session holds already; rows may be many.
     if backward.rows is not None:
         afford(sum(held.tensor.nbytes for held in backward.inputs) * backward.rows)
+    # A backward that seeds the generators does not decide about the calls after it.
+    randomness = Randomness(None, backward.outputs[0].tensor.device) if backward.lineage.models else None
+    if randomness is not None:
+        randomness.begin()
     try:
         found = backward.run()
     finally:
+        if randomness is not None:
+            randomness.end()
         for hosted in backward.lineage.models:
             # A backward may have run modules again.
             hosted.restore_state()
@@ -223,7 +233,8 @@ def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Ma
             made.append((handle, "", None))
             continue
         # The gradient of a sum is the very tensor that was given, for each term. Handles do not share memory for that.
-        if ledger.knows(gradient) or gradient.untyped_storage()._cdata in own:
+        known = ledger.knows(gradient) or ledger.is_exempt(gradient)
+        if known or gradient.untyped_storage()._cdata in own:
             gradient = gradient.clone()
         own.add(gradient.untyped_storage()._cdata)
         made.append((handle, "", Held(gradient, lineage if gradient.requires_grad else PLAIN)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,8 @@ def _sendable(name: str, tensor: torch.Tensor, owner: str) -> torch.Tensor:
                 Reason.MODEL_ERROR,
                 f"{owner} returned {name!r} in the layout {tensor.layout}, which cannot travel: {error}",
             ) from error
+    if tensor.is_inference():
+        tensor = tensor.clone()
     if tensor.dtype not in WIRE:
         raise Fault(Reason.MODEL_ERROR, f"{owner} returned {name!r} as {tensor.dtype}, which cannot travel")
     return tensor
@@ -151,6 +153,11 @@ class _Watched:
         """Whether copies are not what they are copies of; writes through `.data` or numpy leave no other trace."""
         return any(not same(tensor.detach(), held.tensor.detach()) for _, held, tensor, _ in self._lent)
 
+    def holds(self, outputs: Iterable[torch.Tensor]) -> bool:
+        """Whether some outputs lie in the memory of what was lent."""
+        lent = {tensor.untyped_storage()._cdata for _, _, tensor, _ in self._lent}
+        return any(one.layout is torch.strided and one.untyped_storage()._cdata in lent for one in outputs)
+
 
 def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dict[str, torch.Tensor], Witness]:
     given = {**run.inputs, **run.parameters}
@@ -158,7 +165,8 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
     # The first time in each circumstances, what the model does to what it is given is looked at on copies.
     first = circumstances not in hosted.spared
     inputs = _Watched(hosted.writes_inputs or first)
-    parameters = _Watched(hosted.writes_parameters or first)
+    parameters = _Watched(hosted.writes_parameters)
+    before = {name: held.tensor.detach().clone() for name, held in run.parameters.items()} if first else {}
     natural = hosted.needs_natural and not run.no_grad
     arguments, keywords = hosted.binding.arrange({name: inputs.lend(name, held) for name, held in run.inputs.items()})
     swaps = _swaps(hosted, run, parameters, natural)
@@ -186,9 +194,14 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
     if first:
         hosted.spared.add(circumstances)
         hosted.writes_inputs |= inputs.changed()
-        hosted.writes_parameters |= parameters.changed()
-        # Now as ever after, on the session's own tensors where they are safe: what comes out may be views of them.
-        raise Again
+        for name, value in before.items():
+            given_one = run.parameters[name].tensor.detach()
+            if not hosted.writes_parameters and not same(given_one, value):
+                given_one.data.copy_(value)
+                hosted.writes_parameters = True
+        if inputs.holds(outputs.values()) and not hosted.writes_inputs:
+            # Views of what it was given are views of the session's tensors, now as ever after.
+            raise Again
     return outputs, witness
 
 

@@ -105,8 +105,10 @@ def watcher(name: str, proven: bool, tripped: list[str]) -> Callable[..., None]:
             if gradient is None:
                 continue
             if not gradient.requires_grad:
-                # A gradient that is constantly zero is right, where a probe found it so.
-                if not (proven and not bool(gradient.count_nonzero())):
+                # A gradient that is constantly zero is right, where a probe found it so; but what comes of nothing but
+                # zeros says nothing.
+                zero = proven and not bool(gradient.count_nonzero())
+                if not (zero and any(one is not None and bool(one.count_nonzero()) for one in incoming)):
                     tripped.append(
                         f"the backward of {name} returns a gradient that does not depend on the one it was given"
                     )
