@@ -522,7 +522,6 @@ def test_a_model_that_writes_into_its_input_by_data() -> None:
     close(s.get(s.grad(y, x)), 2 * value)
 
 
-@wrong("Tape._run applies in-place operations before the checks of budget and size that may refuse the op")
 @pytest.mark.parametrize("why", [Reason.RESULT_TOO_LARGE, Reason.SESSION_BUDGET], ids=["result", "budget"])
 def test_a_refused_op_has_changed_nothing(why: Reason) -> None:
     s = Session(budget=2000, limit=100 if why is Reason.RESULT_TOO_LARGE else 1 << 20)
@@ -782,7 +781,6 @@ class SeedsInItsBackward(torch.autograd.Function):
         return g
 
 
-@wrong("Randomness is around forwards alone; what a backward seeds decides about the next caller's numbers")
 def test_a_backward_that_seeds() -> None:
     s = Session(function(lambda x: SeedsInItsBackward.apply(x)), factory(lambda: nn.Dropout(0.5), "dropout"))
     drawn = []

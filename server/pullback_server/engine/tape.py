@@ -21,6 +21,7 @@ from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles
 from pullback_server.faults import Fault
 from pullback_server.job import TensorRef
 from pullback_wire import Reason
+from pullback_wire.operations import OPERATIONS
 
 __all__ = ["Tape", "TapeResult"]
 
@@ -85,13 +86,21 @@ class Tape:
             _clear_frames(error)
             fault = self._failed(job, error)
             if fault.reason in (Reason.INTERNAL, Reason.MODEL_ERROR):
-                raise fault from (error.__cause__ if fault is error else error)
+                try:
+                    raise fault from (error.__cause__ if fault is error else error)
+                finally:
+                    del fault
         else:
             result.outcome.timings["tape"] = time.perf_counter() - begin
             return result
         if fault.reason is Reason.OUT_OF_MEMORY and self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise fault.with_traceback(None) from None
+        try:
+            raise fault.with_traceback(None) from None
+        finally:
+            # A frame that knows the exception that knows the frame would keep the op's tensors until the next
+            # collection of garbage.
+            del fault
 
     def _failed(self, job: ops.SessionJob, error: BaseException) -> Fault:
         """Marks what a failed op should have made; what to tell of it."""
@@ -117,6 +126,8 @@ class Tape:
         op = job.op
         operands = Operands(self._handles, tensors)
         self._keep(op, operands)
+        if isinstance(op, ops.Call) and isinstance(op.callee, ops.Operation):
+            self._check_in_place(op, op.callee, operands, job.max_result_bytes)
         fetch: Sequence[int] = ()
         fetch_below = 0
         made: Made
@@ -146,8 +157,6 @@ class Tape:
         in_place = isinstance(op, ops.Call) and any(held is not None and held.handle for _, _, held in made)
         if not isinstance(op, (ops.Put, ops.Get)):
             self._note(made, refuse=not in_place)
-        if in_place:
-            fetch, fetch_below = (), max(fetch_below, 0)
         shared = self._memory(op) if isinstance(op, ops.Call) else {}
         result = self._result(made, fetch, fetch_below, job.max_result_bytes, shared)
         for handle, _, held in made:
@@ -169,6 +178,21 @@ class Tape:
         self._afford(sum(held.tensor.untyped_storage().nbytes() for _, held in leaves))
         for handle, held in leaves:
             self._handles.store(handle, held)
+
+    def _check_in_place(self, op: ops.Call, callee: ops.Operation, operands: Operands, limit: int) -> None:
+        """What may be refused about an operation in place, before it has changed anything. Raises Fault, Dependency."""
+        operation = OPERATIONS.get(callee.name)
+        if operation is None or not operation.in_place or not op.inputs:
+            return
+        fresh = [operand for operand in op.inputs if not operand.handle and not operand.keep]
+        self._afford(sum(operands.leaf(operand, "inputs").tensor.nbytes for operand in fresh))
+        target = operands.take(op.inputs[0], "inputs")
+        if target.handle in op.fetch and target.tensor.nbytes > limit:
+            raise Fault(
+                Reason.RESULT_TOO_LARGE,
+                f"the values asked for have {target.tensor.nbytes} bytes, at most {limit} are allowed",
+                "fetch",
+            )
 
     def _note(self, made: Made, refuse: bool) -> None:
         """Notes what an op made. Raises Fault (SESSION_BUDGET)."""

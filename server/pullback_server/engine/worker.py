@@ -169,6 +169,9 @@ class Worker:
             record = _record(Reason.INTERNAL, "the result cannot be sent", error)
             self._send(messages.Failed(run.id, answer.message.kept, record))
         if isinstance(answer.message, messages.Failed):
+            if isinstance(run.job, SessionJob) and answer.message.fault.traceback:
+                # The exception of a model may hold what the op had come to, in a circle.
+                gc.collect()
             self._check_device(answer.message.fault)
 
     def _compute(self, staged: _Staged, watch: Watch | None) -> _Answer:
@@ -218,6 +221,9 @@ class Worker:
             # The slot is used again; an upload's segment is not, and the tail of a message is nobody else's.
             packed_ones = len(run.lengths)
             tensors[:packed_ones] = [tensor.clone() for tensor in tensors[:packed_ones]]
+        elif len(run.lengths) > 1:
+            # A tensor that is kept would keep the whole tail.
+            tensors = [tensor.clone() if 4 * tensor.nbytes < len(staged.memory) else tensor for tensor in tensors]
         return tensors
 
     def _store(self, number: int, result: EngineResult | TapeResult, compute: float) -> _Answer:
