@@ -13,9 +13,10 @@ from pullback._arrays import Array, as_array, refuse_torch_graph
 from pullback._current import session_now
 from pullback._frames import Keep, Operand
 from pullback._grad_mode import is_grad_enabled
-from pullback._lineage import VIEWS, Kin, Leaves, Ref, merged
+from pullback._lineage import VIEWS, Leaves, Ref, merged
 from pullback._loss import Loss
-from pullback._session import BLOCK, Callee, Session, current
+from pullback._session import BLOCK, Callee, HandleInfo, Session, current
+from pullback._sharing import flagged, written
 from pullback._tensor import Tensor
 from pullback._transport import Transport
 
@@ -137,7 +138,6 @@ def run(
     inputs: Mapping[str, Operand],
     *,
     outputs: int | None = 1,
-    view_of: Tensor | None = None,
     **more: Any,
 ) -> list[tuple[str, Tensor]]:
     """Sends a call and makes tensors of its outputs, by name. outputs: how many there will be; None: unknown.
@@ -156,23 +156,17 @@ def run(
     )
     arguments.sent(pending.epoch)
     leaves = arguments.leaves() if recording and callee != "detach" else {}
-    kin = view_of.kin if view_of is not None and recording and callee != "detach" else None
     if not isinstance(callee, str) or callee in VIEWS:
         arguments.expose()
     if session.pipelined and outputs is not None:
-        return [
-            ("", Tensor.coming(pending, index, Ref(session, first + index), leaves, kin or Kin()))
-            for index in range(outputs)
-        ]
+        return [("", Tensor.coming(pending, index, Ref(session, first + index), leaves)) for index in range(outputs)]
     try:
         infos = session.settle(pending)
     except errors.PullbackError:
         arguments.failed()
         session.release(first)
         raise
-    return [
-        (info.name, Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, kin or Kin())) for info in infos
-    ]
+    return [(info.name, Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves)) for info in infos]
 
 
 def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
@@ -188,26 +182,36 @@ def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: 
         bare = not isinstance(one, Tensor) and not hasattr(one, "dtype")
         inputs[key] = rest.operand(one, key, target.dtype if bare else None)
     recording = is_grad_enabled()
-    pending = session.call(
-        name, inputs, options=options, handles=(), no_grad=not recording, changes=name != "requires_grad_"
-    )
+    flag = name == "requires_grad_"
+    pending = session.call(name, inputs, options=options, handles=(), no_grad=not recording, changes=not flag)
     arguments.sent(pending.epoch)
     rest.sent(pending.epoch)
-    if not session.pipelined:
+    refusable = target.is_known_leaf and target.may_require_grad
+    infos: list[HandleInfo] = []
+    failure: errors.PullbackError | None = None
+    # What it makes of others is known when it is known to have worked. By then all that was sent before is known.
+    if not session.pipelined or flag or (recording and (rest.requires_grad or refusable)):
         try:
-            session.settle(pending)
-        except errors.PullbackError:
-            arguments.failed()
-            rest.failed()
-            raise
-    if name != "requires_grad_":
+            infos = session.settle(pending)
+        except errors.PullbackError as error:
+            if not pending.succeeded():
+                arguments.failed()
+                rest.failed()
+                raise
+            # Of an earlier op.
+            infos, failure = pending.result(), error
+    target.learn()
+    if flag:
+        flagged(session, target)
+    else:
         target.changed()
-        if recording and rest.requires_grad:
-            target.kin.tainted = True
+        if recording and any(info.requires_grad for info in infos) and (rest.requires_grad or not refusable):
             leaves = rest.leaves()
-            target.kin.leaves = merged([target.kin.leaves, leaves])
             for leaf in leaves.values():
                 session.written[id(leaf)] = weakref.ref(leaf)
+            written(session, target, leaves)
+    if failure is not None:
+        raise failure
     return target
 
 

@@ -30,7 +30,7 @@ class Pool:
     """Sessions for large calls: one for each call under way, used again by later ones."""
 
     def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        self._transport = transport.line()
         #: With when it was last used; by generation, as sessions do not survive a fork.
         self._idle: dict[int, deque[tuple[float, Session]]] = {}
 

@@ -1,4 +1,4 @@
-"""What a client must know of a graph it does not hold: which leaves a tensor depends on, and who shares its memory."""
+"""What a client must know of a graph it does not hold: which leaves a tensor depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pullback._session import Session
 if TYPE_CHECKING:
     from pullback._tensor import Tensor
 
-#: Operations that may return their input's own memory.
+#: Operations that may return their input's own memory; whether one did, its answer says.
 VIEWS = frozenset(
     {
         *("detach", "reshape", "expand", "permute", "transpose", "flatten", "squeeze", "unsqueeze", "index"),
@@ -33,19 +33,6 @@ class Ref:
 
 #: Leaves by what stands for them on the server: a leaf that was put into several sessions has several.
 Leaves = dict[Ref, "Tensor"]
-
-
-class Kin:
-    """Shared by a tensor and its views: what in-place operations on any of them added to all.
-
-    tainted: a tensor that requires grad was written into them, so that they do too.
-    """
-
-    __slots__ = ("leaves", "tainted")
-
-    def __init__(self) -> None:
-        self.leaves: Leaves = {}
-        self.tainted = False
 
 
 def merged(groups: list[Leaves]) -> Leaves:

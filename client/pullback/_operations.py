@@ -11,7 +11,6 @@ import numpy as np
 
 from pullback import errors
 from pullback._arrays import tensor_dtype
-from pullback._lineage import VIEWS
 from pullback_wire.operations import OPERATIONS, Operation
 
 if TYPE_CHECKING:
@@ -76,8 +75,7 @@ def operate(name: str, tensors: dict[str, Any], options: dict[str, Any]) -> Tens
     for key, value in given.items():
         bare = like is not None and not isinstance(value, Tensor) and is_number(value)
         inputs[key] = arguments.operand(value, f"{name}: {key}", like.dtype if bare and like is not None else None)
-    view = like if next(iter(given.values()), None) is like else None
-    ((_, made),) = run(session, arguments, name, inputs, options=plain, view_of=view if name in VIEWS else None)
+    ((_, made),) = run(session, arguments, name, inputs, options=plain)
     return made
 
 

@@ -37,6 +37,10 @@ class Pending:
         """Whether its answer is there already."""
         return self._reply.done
 
+    def succeeded(self) -> bool:
+        """Whether its answer is there already, and no failure."""
+        return self._reply.done and self._reply.error is None
+
     def result(self, timeout: float | None = None) -> list[HandleInfo]:
         """Waits for the answer: the tensors that the op made or read, in order.
 

@@ -17,6 +17,7 @@ from pullback import errors
 from pullback._arrays import Array
 from pullback._frames import FrameReader, FrameWriter, HandleInfo, Keep, Operand
 from pullback._loss import Loss
+from pullback._memory import Memory
 from pullback._pending import Pending
 from pullback._request import set_mode
 from pullback._stream import Reply, Stream
@@ -70,7 +71,7 @@ class Session:
         pipelined: bool = False,
         timeout: float | None = None,
     ) -> None:
-        self.transport = transport
+        self.transport = transport.line()
         self.pipelined = pipelined
         self._timeout = timeout
         self._numbers = threading.Lock()
@@ -86,7 +87,9 @@ class Session:
         #: Leaves that were written into other tensors in place, where a graph may lead without the client's knowledge
         #: (two outputs of a model may be one tensor).
         self.written: dict[int, weakref.ref[Tensor]] = {}
-        self._stream = _open(transport, models, self.deadline(None))
+        #: Tensors of this process by their handles here.
+        self.living: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._stream = _open(self.transport, models, self.deadline(None))
 
     def __repr__(self) -> str:
         state = "" if self._stream.usable else ", over"
@@ -137,6 +140,11 @@ class Session:
     def epoch(self) -> int:
         """How many ops have changed tensors in place. A value from an earlier epoch may be out of date."""
         return self._stream.epoch
+
+    @property
+    def memory(self) -> Memory:
+        """Which of its handles share memory, as far as answers have come."""
+        return self._stream.memory
 
     def deadline(self, timeout: float | None) -> float:
         """When an op that begins now has run out of time, on the time.monotonic clock."""
@@ -335,9 +343,15 @@ class Session:
     # ---- its tensors and its end
 
     def tensor(self, data: Any, requires_grad: bool = False, dtype: Any = None) -> Tensor:
-        """A tensor of this session; arguments as of `pullback.tensor`. Its data is sent with its first use."""
+        """A tensor of this session; arguments as of `pullback.tensor`. Its data is sent with its first use.
+
+        When the session ends, what is known here of a tensor stays good, and may be used in other sessions.
+
+        Raises TypeError, ValueError, NotDifferentiable; SessionLost where the session has ended.
+        """
         from pullback._tensor import tensor
 
+        self._stream.check("tensor")
         return tensor(data, requires_grad, dtype, session=self)
 
     def close(self) -> None:

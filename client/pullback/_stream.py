@@ -19,6 +19,7 @@ from typing import Any
 
 from pullback import errors
 from pullback._fork import gate
+from pullback._memory import Memory
 from pullback._ticker import ticker
 from pullback._transfers import CHUNK_BYTES, WINDOW, Credit, Downloads, chunk_frame
 from pullback._translate import from_rpc_error, from_status
@@ -41,7 +42,7 @@ _keys = itertools.count()
 class Reply:
     """The answer to one op, once it is there. what: names the op in errors. epoch: see `Stream.epoch`."""
 
-    __slots__ = ("buffers", "done", "epoch", "error", "message", "op", "payloads", "what")
+    __slots__ = ("buffers", "done", "epoch", "error", "message", "op", "payloads", "released", "what")
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -52,6 +53,7 @@ class Reply:
         self.message: pb.SessionResponse = _NOTHING
         self.payloads: Sequence[memoryview] = ()
         self.buffers: dict[int, Any] = {}
+        self.released: Sequence[int] = ()
 
     def is_done(self) -> bool:
         return self.done
@@ -75,12 +77,14 @@ class Stream:
 
     epoch: how many ops changed tensors in place; values read in an earlier epoch may be out of date.
     released: handles to let go with the next frame; anything may append to it at any time.
+    memory: which handles share memory.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.target = transport.address.target
         self.released: deque[int] = deque()
+        self.memory = Memory()
         self.epoch = 0
         self.go_away = ""
         self.opened = pb.SessionOpened()
@@ -148,6 +152,7 @@ class Stream:
                 self._op = reply.op = frame.op
                 self.epoch += changes
                 reply.epoch = self.epoch
+                reply.released = taken
                 self._replies[reply.op] = reply
             self._sent = time.monotonic()
             self._frames.put(data)
@@ -290,6 +295,7 @@ class Stream:
             reply = self._replies.pop(message.op, None)
             if reply is None:
                 raise WireError(f"op {message.op} is answered, which was not asked", "op")
+            self.memory.forget(reply.released)
             status = message.status
             if status.code:
                 reply.error = from_status(status.code, status.message, status.details)
@@ -297,6 +303,7 @@ class Stream:
                 for info in message.result.handles:
                     if info.tensor.transfer:
                         reply.buffers[info.tensor.transfer] = self.downloads.take(info.tensor.transfer)
+            self.memory.note(message.result.handles)
             reply.message, reply.payloads = message, payloads
             reply.done = True
             return

@@ -10,7 +10,7 @@ import numpy as np
 
 from pullback import errors
 from pullback._arrays import Array, as_array, is_differentiable, tensor_dtype
-from pullback._lineage import Kin, Leaves, Ref
+from pullback._lineage import Leaves, Ref, merged
 from pullback._methods import Methods
 from pullback._session import HandleInfo, Pending, Session
 from pullback._transport import Transport
@@ -54,7 +54,6 @@ class Tensor(Methods):
         "_shape",
         "exposed",
         "fetches_grad",
-        "kin",
     )
 
     # numpy leaves operators with an array on the left to this class.
@@ -80,8 +79,6 @@ class Tensor(Methods):
         self._index = 0
         self._leaves: Leaves = {}
         self._grad: Tensor | None = None
-        #: What its views share with it.
-        self.kin = Kin()
         #: Whether something may share its memory on the server.
         self.exposed = False
         #: Whether its gradient's value comes along with a backward, when it is small.
@@ -90,28 +87,29 @@ class Tensor(Methods):
     # ---- made of answers
 
     @classmethod
-    def _bare(cls, ref: Ref, leaves: Leaves, kin: Kin) -> Tensor:
+    def _bare(cls, ref: Ref, leaves: Leaves) -> Tensor:
         self = cls.__new__(cls)
         self._data = self._pending = self._grad = None
         self._home = ref.session
         self._requires_grad = False
         self._leaf = False
-        self._ref, self._leaves, self.kin = ref, leaves, kin
+        self._ref, self._leaves = ref, leaves
         self._epoch = self._index = 0
         self.exposed = self.fetches_grad = True
+        ref.session.living[ref.handle] = self
         return self
 
     @classmethod
-    def made(cls, info: HandleInfo, epoch: int, ref: Ref, leaves: Leaves, kin: Kin) -> Tensor:
+    def made(cls, info: HandleInfo, epoch: int, ref: Ref, leaves: Leaves) -> Tensor:
         """The tensor that an answer tells of."""
-        self = cls._bare(ref, leaves, kin)
+        self = cls._bare(ref, leaves)
         self._take(info, epoch)
         return self
 
     @classmethod
-    def coming(cls, pending: Pending, index: int, ref: Ref, leaves: Leaves, kin: Kin) -> Tensor:
+    def coming(cls, pending: Pending, index: int, ref: Ref, leaves: Leaves) -> Tensor:
         """The tensor that entry `index` of an answer will tell of."""
-        self = cls._bare(ref, leaves, kin)
+        self = cls._bare(ref, leaves)
         self._pending, self._index = pending, index
         # What it may be, for ops that are sent before it is known.
         self._requires_grad = bool(leaves)
@@ -120,7 +118,7 @@ class Tensor(Methods):
     @classmethod
     def parameter(cls, ref: Ref, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Tensor:
         """A leaf that the session made of a hosted parameter."""
-        self = cls._bare(ref, {}, Kin())
+        self = cls._bare(ref, {})
         self._leaf = self._requires_grad = True
         self._dtype, self._shape = dtype, shape
         self.fetches_grad = False
@@ -141,11 +139,19 @@ class Tensor(Methods):
         """Waits for the answer that tells what this tensor is. Raises what its op failed with."""
         pending = self._pending
         if pending is not None and self._ref is not None:
-            infos = self._ref.session.settle(pending)
+            self._ref.session.settle(pending)
+            self.learn()
+
+    def learn(self) -> None:
+        """Takes what the answer tells, if it is there and tells of success."""
+        pending = self._pending
+        if pending is not None and self._ref is not None and pending.succeeded():
+            infos = pending.result()
             if self._index >= len(infos) or infos[self._index].handle != self._ref.handle:
                 raise errors.ProtocolError(f"{len(infos)} outputs came, not those that were announced")
-            self._take(infos[self._index], pending.epoch)
-            self._pending = None
+            if self._pending is pending:
+                self._take(infos[self._index], pending.epoch)
+                self._pending = None
 
     # ---- what ops ask
 
@@ -176,7 +182,12 @@ class Tensor(Methods):
     @property
     def is_known_leaf(self) -> bool:
         """`is_leaf` as far as it is known without waiting."""
-        return self._leaf and not self.kin.tainted
+        return self._leaf
+
+    @property
+    def known_dtype(self) -> np.dtype[Any] | None:
+        """`dtype` where it is known without waiting."""
+        return self._dtype if self._pending is None else None
 
     @property
     def is_here(self) -> bool:
@@ -198,6 +209,11 @@ class Tensor(Methods):
             raise errors.BadHandle(f"the tensor belongs to {self.bound_session!r}, and is used in {session!r}")
         return None
 
+    def handle_in(self, session: Session) -> int | None:
+        """Its handle in `session`; None: it is not there."""
+        ref = self._ref
+        return ref.handle if ref is not None and ref.session is session else None
+
     def portable_data(self) -> Array:
         """Its data, to be sent and not to be changed."""
         assert self._data is not None
@@ -206,6 +222,7 @@ class Tensor(Methods):
     def bind(self, ref: Ref, epoch: int) -> None:
         """It is in a session now."""
         self._ref, self._epoch = ref, epoch
+        ref.session.living[ref.handle] = self
 
     def unbind(self, ref: Ref) -> None:
         """It may not be in the session after all."""
@@ -216,16 +233,25 @@ class Tensor(Methods):
         """An in-place operation has changed it."""
         self._data = None
 
+    def depend_on(self, leaves: Leaves) -> None:
+        """An in-place operation has made it depend on these leaves. A leaf that requires grad always stays one."""
+        if not (self._leaf and self._requires_grad):
+            self._requires_grad, self._leaf = True, False
+            self._leaves = merged([self._leaves, leaves])
+
+    def flag(self, requires_grad: bool) -> None:
+        """This leaf was told whether it requires grad."""
+        self._requires_grad = requires_grad
+
     @property
     def leaves(self) -> Leaves:
-        """The leaves that it depends on, with what in-place operations added."""
-        extra = self.kin.leaves
-        return {**self._leaves, **extra} if extra else self._leaves
+        """The leaves that it depends on, if it is none itself."""
+        return {} if self._leaf else self._leaves
 
     @property
     def may_require_grad(self) -> bool:
         """`requires_grad`, or in a pipelined session what it may turn out to be."""
-        return self._requires_grad or self.kin.tainted
+        return self._requires_grad
 
     # ---- what users ask
 
@@ -250,7 +276,7 @@ class Tensor(Methods):
     def requires_grad(self) -> bool:
         """Whether gradients with respect to it, or through it, can be asked for."""
         self._known()
-        return self.may_require_grad
+        return self._requires_grad
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -260,7 +286,7 @@ class Tensor(Methods):
     def is_leaf(self) -> bool:
         """Whether it is not the result of an op that recorded a graph."""
         self._known()
-        return self._leaf and not self.kin.tainted
+        return self._leaf
 
     @property
     def grad(self) -> Tensor | None:
@@ -295,7 +321,7 @@ class Tensor(Methods):
             raise errors.NotDifferentiable(f"a tensor of dtype {self._dtype} cannot require grad")
         if self._ref is not None:
             run_in_place(self, "requires_grad_", {}, {"requires_grad": bool(requires_grad)})
-        self._requires_grad = bool(requires_grad)
+        self.flag(bool(requires_grad))
         return self
 
     def backward(

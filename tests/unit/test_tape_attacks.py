@@ -782,6 +782,8 @@ class SeedsInItsBackward(torch.autograd.Function):
 
 
 def test_a_backward_that_seeds() -> None:
+    # As a worker does when it has loaded its models.
+    torch.seed()
     s = Session(function(lambda x: SeedsInItsBackward.apply(x)), factory(lambda: nn.Dropout(0.5), "dropout"))
     drawn = []
     s.model("dropout", [real(100)], train=True)
