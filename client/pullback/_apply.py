@@ -205,7 +205,8 @@ def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: 
         flagged(session, target)
     else:
         target.changed()
-        if recording and any(info.requires_grad for info in infos) and (rest.requires_grad or not refusable):
+        new = rest.requires_grad or not target.may_require_grad
+        if recording and new and any(info.requires_grad for info in infos):
             leaves = rest.leaves()
             for leaf in leaves.values():
                 session.written[id(leaf)] = weakref.ref(leaf)

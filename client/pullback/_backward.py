@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +11,24 @@ import numpy as np
 
 from pullback import errors
 from pullback._apply import FETCH_BELOW, Arguments, as_gradient, choose_session
+from pullback._fork import gate
 from pullback._frames import HandleInfo, Operand
-from pullback._lineage import Kin, Leaves, Ref, merged
+from pullback._lineage import Leaves, Ref, merged
 from pullback._session import Pending, Session
 from pullback._tensor import Tensor
 
 #: A gradient of at most so many bytes comes along with a backward, and so many bytes in all: most are read at once.
 _FETCH_BELOW = 512 << 10
 _FETCH_IN_ALL = 1 << 20
+
+#: Held while a `.grad` is read and set anew. A few serve all tensors, and nobody holds two of them. By generation, so
+#: that no fork can leave one locked.
+_locks: dict[tuple[int, int], threading.Lock] = {}
+_LOCKS = 61
+
+
+def _lock_of(tensor: Tensor) -> threading.Lock:
+    return _locks.setdefault((gate.generation, id(tensor) // 16 % _LOCKS), threading.Lock())
 
 
 class _Run:
@@ -100,7 +111,7 @@ class _Run:
         if info.unused:
             return None
         leaves: Leaves = self.arguments.leaves() if create_graph else {}
-        return Tensor.made(info, pending.epoch, ref, leaves, Kin())
+        return Tensor.made(info, pending.epoch, ref, leaves)
 
 
 def backward(
@@ -117,7 +128,7 @@ def backward(
         wrt.update((ref, leaf) for ref, leaf in run.leaves.items() if leaf.may_require_grad)
         wrt.update(_remembered(run.session, run.session.retained))
         wrt.update(_remembered(run.session, run.session.written))
-        if not wrt:
+        if not run.leaves and not wrt:
             raise errors.NotDifferentiable("no leaf that requires grad is known to lie behind the tensor")
     else:
         wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
@@ -126,37 +137,62 @@ def backward(
         for tensor in wanted:
             wrt.update(_refs(run, tensor, "inputs"))
     wrt = {ref: tensor for ref, tensor in wrt.items() if ref.session is run.session}
-    pending, infos = run.send(list(wrt), list(wrt.values()), retain_graph, create_graph, True, False)
-    more: list[tuple[Tensor, Tensor]] = []
-    for tensor, info in zip(wrt.values(), infos, strict=True):
-        gradient = run.made(pending, info, create_graph)
-        if gradient is None:
-            continue
-        if tensor.grad is None:
-            tensor._grad = gradient
-        else:
-            more.append((tensor, gradient))
-    _accumulate(run.session, more, create_graph)
+    # The leaves may have been frozen since. Then there is nothing to accumulate, but what is wrong is still said.
+    asked = wrt or {Ref.of(output): output for output in outputs}
+    pending, infos = run.send(list(asked), list(asked.values()), retain_graph, create_graph, True, False)
+    gradients = [run.made(pending, info, create_graph) for info in infos]
+    found = [(one, gradient) for one, gradient in zip(wrt.values(), gradients, strict=False) if gradient is not None]
+    _accumulate(run.session, found, create_graph)
 
 
 def _accumulate(session: Session, pairs: Sequence[tuple[Tensor, Tensor]], create_graph: bool) -> None:
-    """Adds gradients to those that are there. All are sent before the first answer is waited for."""
-    sent: list[tuple[Tensor, Arguments, Pending]] = []
+    """Sets `.grad`, or adds to what is there. All sums are sent before the first answer is waited for.
+
+    Threads may do this to one tensor at once: what follows what is settled by the order in which sums are sent, so
+    nobody waits for an answer while others wait for the lock. Raises the first failure; its `.grad` stays as it was.
+    """
+    sent: list[tuple[Tensor, Tensor, Tensor, Pending]] = []
+    failure: errors.PullbackError | None = None
     for tensor, gradient in pairs:
-        before = tensor.grad
-        assert before is not None
-        arguments = Arguments(session)
-        operands = {"input": arguments.operand(before, "grad"), "other": arguments.operand(gradient, "gradient")}
-        fetch = FETCH_BELOW if tensor.fetches_grad else 0
-        # A sum with what has a graph has one, as in torch.
-        graph = create_graph or before.may_require_grad
-        pending = session.call("add", operands, no_grad=not graph, fetch_below=fetch)
-        arguments.sent(pending.epoch)
-        sent.append((tensor, arguments, pending))
-    for tensor, arguments, pending in sent:
-        (info,) = session.settle(pending)
-        leaves = arguments.leaves() if info.requires_grad else {}
-        tensor._grad = Tensor.made(info, pending.epoch, Ref(session, info.handle), leaves, Kin())
+        with _lock_of(tensor):
+            before = tensor.grad
+            if before is None:
+                tensor._grad = gradient
+                continue
+            try:
+                total, pending = _sum(session, tensor, before, gradient, create_graph)
+            except errors.PullbackError as error:
+                failure = failure or error
+                continue
+            tensor._grad = total
+        sent.append((tensor, before, total, pending))
+    for tensor, before, total, pending in sent:
+        try:
+            pending.result()
+            total.learn()
+        except errors.PullbackError as error:
+            failure = failure or error
+            with _lock_of(tensor):
+                if tensor.grad is total:
+                    tensor._grad = before
+    if failure is not None:
+        raise failure
+
+
+def _sum(
+    session: Session, tensor: Tensor, before: Tensor, gradient: Tensor, create_graph: bool
+) -> tuple[Tensor, Pending]:
+    """Sends the sum of a gradient and what was there before. Raises PullbackError."""
+    arguments = Arguments(session)
+    operands = {"input": arguments.operand(before, "grad"), "other": arguments.operand(gradient, "gradient")}
+    # A sum with what has a graph has one, as in torch.
+    graph = create_graph or before.may_require_grad
+    handle = session.new_handle()
+    fetch = FETCH_BELOW if tensor.fetches_grad else 0
+    pending = session.call("add", operands, handles=[handle], no_grad=not graph, fetch_below=fetch)
+    arguments.sent(pending.epoch)
+    leaves = arguments.leaves() if graph else {}
+    return Tensor.coming(pending, 0, Ref(session, handle), leaves), pending
 
 
 def _remembered(session: Session, references: dict[int, weakref.ref[Tensor]]) -> Leaves:

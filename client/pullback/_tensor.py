@@ -246,7 +246,7 @@ class Tensor(Methods):
     @property
     def leaves(self) -> Leaves:
         """The leaves that it depends on, if it is none itself."""
-        return {} if self._leaf else self._leaves
+        return self._leaves
 
     @property
     def may_require_grad(self) -> bool:

@@ -121,6 +121,8 @@ class App:
 def _sentence(signature: Signature) -> str:
     inputs = ", ".join(spec.name for spec in signature.inputs)
     orders = "any order" if signature.orders.reverse < 0 else f"order {signature.orders.reverse}"
+    if signature.orders.reverse == 1 and "not probed" in signature.orders.evidence:
+        orders = "order 1 at least (not probed, for not every input declares its shape; each call is checked)"
     return (
         f"{signature.name} version {signature.version}: inputs {inputs or 'none'}; "
         f"{signature.parameter_count} parameters; gradients of {orders}"

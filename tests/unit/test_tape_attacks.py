@@ -305,7 +305,6 @@ class CountsItsBackwards(torch.autograd.Function):
         return 3 * x**2 * g * ctx.count
 
 
-@wrong("Backward._rehearse runs the backward once more than torch does, and what it does to ctx stays")
 def test_a_backward_that_counts() -> None:
     s = Session(function(lambda x: CountsItsBackwards.apply(x), inputs=DECLARED))
     value = real(3)

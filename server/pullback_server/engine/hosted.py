@@ -94,7 +94,7 @@ class HostedModel:
         self.probing = False
         self.seen: set[Any] = set()
         self.orders = OrdersRecord(1, False, "not probed")
-        self.outputs: list[SpecRecord] = []
+        self.outputs: list[SpecRecord] = [SpecRecord(name) for name in registration.outputs or ()]
         if self.module is not None:
             self._take_stock(self.module)
         #: cuDNN's recurrent kernels have no backward in eval mode, and none of second order.

@@ -228,6 +228,8 @@ def _refusal(
             f"torch's {operation.name} of {_shown(tensors)} refuses {str(shown)[:200]}: {text}",
             f"options[{next(iter(shown))}]",
         )
+    if "leaf Variable that requires grad" in text:
+        text += " (outside torch.no_grad(), that is; under no_grad it can be changed)"
     numbers = {name: option_value(name, value) for name, value in given.items() if name in operation.scalars}
     also = f" and {numbers}" if numbers else ""
     return Fault(Reason.BAD_OPERAND, f"torch's {operation.name} refuses {_shown(tensors)}{also}: {text}", "inputs")

@@ -27,6 +27,8 @@ def explained(error: BaseException, lineage: Lineage, first: bool) -> Fault:
             "outputs",
         )
     if "modified by an inplace operation" in text:
+        # torch's hint is for who runs it.
+        text = text.partition(" Hint:")[0]
         return Fault(
             Reason.MODIFIED_IN_PLACE,
             f"a tensor that the backward needs was changed in place after the forward: {text}",

@@ -146,8 +146,13 @@ class Backward:
             .requires_grad_()
             for output, value in zip(outputs, given, strict=True)
         ]
+        # What a Function counts or keeps on its ctx must be as if there had been no rehearsal.
+        kept = [(node, dict(vars(node))) for node in watch.foreign if hasattr(node, "__dict__")]
         with self._kernels(), watch.armed():
             watch.check(self._once(outputs, inputs, values, True), rehearsal=True)
+        for node, state in kept:
+            vars(node).clear()
+            vars(node).update(state)
 
     def _rows(
         self, outputs: Tensors, inputs: Tensors, given: Sequence[torch.Tensor | None], watched: bool
