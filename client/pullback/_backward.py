@@ -136,9 +136,10 @@ def backward(
             raise ValueError("inputs is empty; None means all leaves")
         for tensor in wanted:
             wrt.update(_refs(run, tensor, "inputs"))
-    wrt = {ref: tensor for ref, tensor in wrt.items() if ref.session is run.session}
     # The leaves may have been frozen since. Then there is nothing to accumulate, but what is wrong is still said.
-    asked = wrt or {Ref.of(output): output for output in outputs}
+    frozen = {} if wrt else {output._ref: output for output in outputs if output._ref is not None}
+    wrt = {ref: tensor for ref, tensor in wrt.items() if ref.session is run.session}
+    asked = wrt or frozen
     pending, infos = run.send(list(asked), list(asked.values()), retain_graph, create_graph, True, False)
     gradients = [run.made(pending, info, create_graph) for info in infos]
     found = [(one, gradient) for one, gradient in zip(wrt.values(), gradients, strict=False) if gradient is not None]
@@ -183,6 +184,9 @@ def _sum(
     session: Session, tensor: Tensor, before: Tensor, gradient: Tensor, create_graph: bool
 ) -> tuple[Tensor, Pending]:
     """Sends the sum of a gradient and what was there before. Raises PullbackError."""
+    if before.handle_in(session) is None:
+        # Of another session, where its value may be on its way.
+        before._known()
     arguments = Arguments(session)
     operands = {"input": arguments.operand(before, "grad"), "other": arguments.operand(gradient, "gradient")}
     # A sum with what has a graph has one, as in torch.

@@ -125,7 +125,7 @@ class FrameReader(TensorReader):
         """The tensor as an aligned, writable array. Raises WireError as `TensorReader.array` does."""
         if not tensor.transfer:
             return super().array(tensor, field)
-        buffer = self._reply.buffers.pop(tensor.transfer, None)
+        buffer = self._reply.buffers.get(tensor.transfer)
         return as_tensor(self._stream.downloads.take(tensor.transfer) if buffer is None else buffer, tensor, field)
 
 

@@ -33,6 +33,10 @@ class Memory:
         """What stands for the memory of a handle."""
         return self._roots.get(handle, handle)
 
+    def same(self, one: int | None, other: int | None) -> bool:
+        """Whether two handles lie in the same memory."""
+        return one is not None and other is not None and self.root(one) == self.root(other)
+
     def beside(self, handle: int) -> list[int]:
         """The other handles in its memory; one that was released may be among them."""
         root = self.root(handle)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pullback._operations import FUNCTIONS, index, operate
+from pullback._arrays import tensor_dtype
+from pullback._operations import FUNCTIONS, assign, index, operate
 
 if TYPE_CHECKING:
     from pullback._tensor import Tensor
@@ -61,12 +62,13 @@ class Methods:
         for one in key if isinstance(key, tuple) else (key,):
             if not (one is None or one is Ellipsis or isinstance(one, slice | int | np.integer)):
                 raise TypeError("items of a tensor are set by ints and slices alone; use pb.where(mask, value, x)")
-        self[key].copy_(value)
+        assign(self[key], value)
 
     @property
     def T(self) -> Tensor:
         """Its transpose: the axes in reverse order."""
-        return self.permute(*range(len(self.shape))[::-1])  # type: ignore[no-any-return,arg-type]
+        axes = tuple(range(len(self.shape)))[::-1]  # type: ignore[arg-type]
+        return FUNCTIONS["permute"](self, axes)  # type: ignore[no-any-return]
 
     @property
     def mT(self) -> Tensor:
@@ -145,13 +147,34 @@ class Methods:
         """The smallest element. Along an axis: use amin and argmin."""
         return _extreme(self, "amin", "argmin", args, kwargs)  # type: ignore[no-any-return]
 
-    def to(self, dtype: Any) -> Tensor:
-        """Converted to another dtype: numpy's, torch's, or a name."""
-        return FUNCTIONS["to"](self, dtype)  # type: ignore[no-any-return]
+    @property
+    def real(self) -> Any:
+        """The real part; a tensor that is not complex is its own."""
+        return FUNCTIONS["real"](self) if _may_be_complex(self) else self
+
+    @property
+    def imag(self) -> Any:
+        """The imaginary part of a complex tensor."""
+        return FUNCTIONS["imag"](self)
+
+    def conj(self) -> Any:
+        """The complex conjugate; a tensor that is not complex is its own."""
+        return FUNCTIONS["conj"](self) if _may_be_complex(self) else self
+
+    def to(self, dtype: Any) -> Any:
+        """Converted to another dtype: numpy's, torch's, or a name. What has it already is returned itself."""
+        wanted = tensor_dtype(dtype)
+        return self if self.known_dtype == wanted else FUNCTIONS["to"](self, wanted)
 
     def type_as(self, other: Any) -> Tensor:
         """Converted to the dtype of another tensor."""
-        return self.to(other.dtype)
+        return self.to(other.dtype)  # type: ignore[no-any-return]
+
+
+def _may_be_complex(tensor: Any) -> bool:
+    """Whether it is complex, or in a pipelined session may turn out to be."""
+    dtype = tensor.known_dtype
+    return dtype is None or dtype.kind == "c"
 
 
 def _extreme(tensor: Any, name: str, place: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

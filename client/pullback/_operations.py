@@ -104,6 +104,29 @@ def index(tensor: Tensor, key: Any) -> Tensor:
     return operate("index", tensors, {"items": _Ready(items)})
 
 
+def assign(view: Tensor, value: Any) -> None:
+    """Writes `value` to a view, as torch's x[i] = value does: leading axes of extent 1 that are too many are dropped.
+
+    Raises what copy_ raises.
+    """
+    from pullback._tensor import Tensor
+
+    while isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    shape: tuple[int, ...] = tuple(getattr(value, "shape", ()))
+    overlaps = isinstance(value, Tensor) and view.may_share(value)
+    if overlaps and shape == view.shape:
+        view.copy_(value)
+        return
+    leading = next((axis for axis, extent in enumerate(shape) if extent != 1), len(shape))
+    if leading:
+        value = (value if hasattr(value, "reshape") else np.asarray(value)).reshape(shape[leading:])
+    if overlaps:
+        # torch refuses most of what overlaps, but writes one number, and what it has to expand.
+        value = value.expand(view.shape) if shape else value.clone()
+    view.copy_(value)
+
+
 class _Ready(list[Any]):
     """Items that are encoded already."""
 

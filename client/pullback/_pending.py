@@ -49,15 +49,20 @@ class Pending:
         Raises PullbackError: the op's own, or what ended the session.
         """
         if self._read is None:
-            self.wait(timeout)
+            reply = self.wait(timeout)
             try:
-                self._read = read_handles(self._session.reader(self._reply), self._reply.message.result.handles)
+                found = read_handles(self._session.reader(reply), reply.message.result.handles)
             except WireError as error:
-                raise errors.ProtocolError(
-                    f"{self._reply.what}: {self._session.transport.address.target} sent an answer that contradicts "
-                    f"itself: {error}"
-                ) from error
-            self._reply.payloads = ()
+                # Another thread may have read it meanwhile, after which its bytes are let go.
+                if self._read is None:
+                    raise errors.ProtocolError(
+                        f"{reply.what}: {self._session.transport.address.target} sent an answer that contradicts "
+                        f"itself: {error}"
+                    ) from error
+            else:
+                self._read = found
+                reply.payloads = ()
+                reply.buffers.clear()
         return self._read
 
     def wait(self, timeout: float | None = None) -> Reply:

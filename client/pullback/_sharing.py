@@ -26,12 +26,6 @@ def sharing(session: Session, tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def share(session: Session, one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors share memory, as far as answers have come."""
-    first, second = one.handle_in(session), other.handle_in(session)
-    return first is not None and second is not None and session.memory.root(first) == session.memory.root(second)
-
-
 def written(session: Session, target: Tensor, leaves: Leaves) -> None:
     """An operation wrote what depends on `leaves` into a tensor, which requires grad since.
 

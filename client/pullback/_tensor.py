@@ -214,6 +214,15 @@ class Tensor(Methods):
         ref = self._ref
         return ref.handle if ref is not None and ref.session is session else None
 
+    def may_share(self, other: Tensor) -> bool:
+        """Whether it shares memory with another tensor. Waits for what would tell."""
+        session = self.bound_session
+        if session is None or other.handle_in(session) is None:
+            return False
+        self._known()
+        other._known()
+        return session.memory.same(self.handle_in(session), other.handle_in(session))
+
     def portable_data(self) -> Array:
         """Its data, to be sent and not to be changed."""
         assert self._data is not None

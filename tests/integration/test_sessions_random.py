@@ -9,7 +9,6 @@ PULLBACK_RANDOM_PROGRAMS=5000 PULLBACK_RANDOM_SEED=1 hunts; without them the sui
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import random
 import warnings
@@ -244,8 +243,8 @@ OPS: dict[str, Op] = {
     "to": Op(
         1, lambda ns, x, d: ns.to(x, d), lambda rng, x: (rng.choice(["float64", "float64", "float32", "complex128"]),)
     ),
-    "real": Op(1, lambda ns, x: x.real() if callable(x.real) else x.real),
-    "imag": Op(1, lambda ns, x: x.imag() if callable(x.imag) else x.imag),
+    "real": Op(1, lambda ns, x: x.real),
+    "imag": Op(1, lambda ns, x: x.imag),
     "conj": Op(1, lambda ns, x: x.conj()),
     "sum": Op(1, lambda ns, x, *a: x.sum(*a), axis_and_keep, 3),
     "mean": Op(1, lambda ns, x, *a: x.mean(*a), axis_and_keep),
@@ -262,7 +261,7 @@ OPS: dict[str, Op] = {
     "reshape": Op(1, lambda ns, x, s: x.reshape(s), a_shape, 2),
     "view": Op(1, lambda ns, x, s: x.view(*s), lambda rng, x: (tuple(x.shape),)),
     "transpose": Op(1, lambda ns, x, a, b: x.transpose(a, b), lambda rng, x: an_axis(rng, x) + an_axis(rng, x), 2),
-    "T": Op(1, lambda ns, x: x.mT if len(x.shape) > 1 else x * 1),
+    "T": Op(1, lambda ns, x: x.mT if len(x.shape) > 1 else x.T),
     "permute": Op(1, lambda ns, x, d: x.permute(*d), a_permutation),
     "flatten": Op(1, lambda ns, x: x.flatten()),
     "squeeze": Op(1, lambda ns, x: x.squeeze()),
@@ -389,8 +388,6 @@ class Machine:
                     close(mine, theirs)  # torch's result is the operand itself, pullback's always another tensor
                     continue
                 self.compare(mine, theirs, step.look)
-                if step.name in MODELS and mine._is_view() and not mine.requires_grad:
-                    continue  # a known failure, see test_views_by_models_of_what_needs_no_grad
                 self.pairs[step.result + offset] = mine, theirs
         if step.name in IN_PLACE:
             self.forget_forbidden()
@@ -399,9 +396,6 @@ class Machine:
                 base = self.pairs[step.operands[0]][0]
                 self.pairs = {number: pair for number, pair in self.pairs.items() if pair[0]._base is not base}
             for number, (mine, theirs) in list(self.pairs.items()):
-                if (theirs.requires_grad, theirs.is_leaf) == (True, False) and mine.is_leaf:
-                    self.over = True  # a known failure, see test_copies_are_no_views
-                    return
                 try:
                     self.compare(mine, theirs, step.look)
                 except Difference as difference:
@@ -474,19 +468,20 @@ class Machine:
 
     def judge(self, step: Step, expected: Any, found: Any) -> None:
         mine, theirs = isinstance(expected, Exception), isinstance(found, Exception)
-        if not mine and "A view was created in no_grad mode" in str(found):
-            self.over = True  # a known failure, see test_items_are_set_under_no_grad
-            return
         if not mine and isinstance(found, errors.OrderUnavailable):
             self.over = True  # never wrong, only refused
+            return
+        if mine and not theirs and "input_is_complex == grad_is_complex" in str(expected):
+            self.over = True  # torch's own fault: the derivative of x[i] = v for a complex x and a real number v
+            return
+        if mine and not theirs and "more than one element of the written-to tensor" in str(expected):
+            self.over = True  # torch's gradients may be expanded; here each has memory of its own
             return
         if mine and not theirs and "vmap" in str(expected):
             self.over = True  # what vmap refuses is done one by one here
             return
         if mine and not theirs:
             raise Difference(f"torch raised {type(expected).__name__}: {str(expected)[:300]}; pullback did not")
-        if theirs and "single memory location" in str(found) and step.name == "write":
-            return  # torch's x[i] = x[j] sees what copy_ does not
         if theirs and not mine:
             raise Difference(f"pullback raised {type(found).__name__}: {found}; torch did not")
         if theirs:
@@ -503,8 +498,6 @@ class Machine:
             return
         facts = [tuple(mine.shape), str(mine.dtype)[6:], mine.requires_grad, mine.is_leaf]
         others = [theirs.shape, str(theirs.dtype), theirs.requires_grad, theirs.is_leaf]
-        if not mine.dtype.is_floating_point and not mine.dtype.is_complex:
-            facts, others = facts[:2], others[:2]  # a known failure, see test_integers_written_to_need_no_grad
         if facts[:count] != others[:count]:
             raise Difference(f"shape, dtype, requires_grad, is_leaf: torch {facts}, pullback {others}")
         if look:
@@ -584,13 +577,9 @@ def draw_op(rng: random.Random, machine: Machine, number: int) -> Step | None:
         arguments = op.draw(rng, *tensors)
     except (ValueError, IndexError):
         return None
-    if name == "write" and tensors[0][arguments[0]].ndim < tensors[1].ndim:
-        return None  # torch's x[i] = v drops leading axes of v of extent 1; refused here
     if name in {"mse_loss", "huber_loss"} and tensors[0].shape != tensors[1].shape:
         return None  # torch would broadcast with a warning; refused here
     no_grad = rng.random() < (0.35 if name in IN_PLACE else 0.06)
-    if name.startswith("write") and machine.pipelined:
-        no_grad = False  # a known failure, see test_items_are_set_under_no_grad; a pipelined program would end with it
     return Step("op", name, operands, arguments, number, no_grad, rng.random() < 0.6)
 
 
@@ -719,25 +708,11 @@ def check(client: pb.Client, seed: int, length: int = 14) -> dict[str, int]:
     raise AssertionError(f"seed {seed}, pipelined {pipelined}: {message}\n{program}")
 
 
-def warm_up(client: pb.Client) -> None:
-    """Runs each model once under all circumstances that a program may use.
-
-    The first time, a model works on copies of its inputs, so that its outputs are no views of them: a known failure,
-    see test_views_of_inputs_from_the_first_call_on.
-    """
-    for name in sorted(MODELS):
-        for mode, first, second in itertools.product((pb.enable_grad, pb.no_grad), (True, False), (True, False)):
-            given = [client.tensor(np.ones((3, 3)), requires_grad=on) for on in (first, second)]
-            with mode():
-                client.model(name)(*given[: 2 if name == "fork_two" else 1])
-
-
 @pytest.fixture(scope="module")
 def client() -> Iterator[pb.Client]:
     torch.set_num_threads(1)
     models = Path(session_models.__file__)
     with Server(models, devices="cpu", threads=1) as server, pb.connect(server.target, timeout=60) as client:
-        warm_up(client)
         yield client
 
 

@@ -20,6 +20,7 @@ from tests.unit.client_server import Failure
 
 import pullback as pb
 from pullback import _stream, errors
+from pullback._memory import Memory
 from pullback._session import Keep, Session
 from pullback._transfers import CHUNK_BYTES
 from pullback_wire import Reason, TensorReader, TensorWriter, decode, encode_message, numpy_dtype
@@ -253,6 +254,29 @@ def test_many_threads_read_for_each_other(client: pb.Client) -> None:
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.parametrize("size", [3, 1 << 20])
+def test_many_threads_read_one_answer(client: pb.Client, size: int) -> None:
+    session = client.session()
+    wrong: list[Any] = []
+    for _ in range(20):
+        pending = session.call("add", {"input": np.ones(size), "other": ONES[:1]}, fetch=True)
+        gate = threading.Barrier(6)
+
+        def read(pending: Any = pending, gate: threading.Barrier = gate) -> None:
+            try:
+                gate.wait()
+                assert pending.result()[0].value.sum() == 2 * size
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert not wrong
+
+
 def test_chunks_both_ways_within_credit(client: pb.Client, worker: Worker) -> None:
     big = np.random.default_rng(0).normal(size=3 << 20)
     with client.session() as session:
@@ -459,6 +483,30 @@ def test_a_collected_session_says_goodbye(client: pb.Client, worker: Worker) -> 
     until(lambda: threading.active_count() < threads or threads <= 3)
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_dropped_client_takes_its_session_along(worker: Worker, pipelined: bool) -> None:
+    """By counting references: nobody knows when a cycle is found."""
+    gc.collect()
+    gc.disable()
+    try:
+        client = pb.connect(worker.target)
+        y = client.tensor(ONES) + 1.0
+        session = client.session(pipelined=pipelined)
+        z = session.tensor(ONES) * y
+        assert z.tolist() == [2, 2, 2] and worker.sessions == 2
+        del client, session
+        time.sleep(0.1)
+        assert not worker.ended.is_set()
+        assert (z * z).tolist() == [4, 4, 4] and (y * 2.0).tolist() == [4, 4, 4]
+        del y
+        assert worker.ended.wait(5)
+        worker.ended.clear()
+        del z
+        assert worker.ended.wait(5)
+    finally:
+        gc.enable()
+
+
 def test_a_closed_client_ends_its_sessions(worker: Worker) -> None:
     client = pb.connect(worker.target)
     y = client.tensor(ONES) + 1.0
@@ -479,6 +527,18 @@ def test_a_server_without_sessions(worker: Worker) -> None:
     with pb.connect(f"127.0.0.1:{port}") as client, pytest.raises(errors.Unimplemented):
         client.session()
     server.stop(0).wait()
+
+
+def test_memory_is_known_in_the_order_of_answers() -> None:
+    memory = Memory()
+    infos = [spb.HandleInfo(handle=2, shares=1), spb.HandleInfo(handle=3, shares=2), spb.HandleInfo(handle=4)]
+    memory.note(infos)
+    assert sorted(memory.beside(1)) == [2, 3] and sorted(memory.beside(3)) == [1, 2] and memory.beside(4) == []
+    memory.forget([1, 2])
+    memory.note([spb.HandleInfo(handle=5, shares=3)])
+    assert sorted(memory.beside(5)) == [1, 3] and memory.same(3, 5) and not memory.same(4, 5)
+    memory.forget([3, 5])
+    assert memory.beside(1) == []
 
 
 def test_sessions_are_not_picklable_and_clients_are(client: pb.Client) -> None:
@@ -564,8 +624,9 @@ def test_every_operation_is_a_method() -> None:
 
     for name, operation in OPERATIONS.items():
         if not operation.variadic:
-            assert callable(getattr(pb.Tensor, name)), name
-            assert getattr(pb.Tensor, name).__doc__
+            made = getattr(pb.Tensor, name)
+            assert callable(made) or (name in ("real", "imag") and isinstance(made, property)), name
+            assert made.__doc__
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,6 @@ class Power(torch.autograd.Function):
         return (3 * x**2 if ctx.k == 3 else ctx.slope) * g, None
 
 
-@wrong("tape_orders.Watch takes what any model of the lineage proved as proven for all of them")
 def test_what_one_model_proved_is_not_proven_of_another() -> None:
     s = Session(function(lambda x: Power.apply(x, 3), "a", inputs=DECLARED), function(lambda x: Power.apply(x, 2), "b"))
     value = real(3)
@@ -110,7 +109,6 @@ def test_what_one_model_proved_is_not_proven_of_another() -> None:
     right_or_refused(lambda: second(s, y, x), second_of(lambda a: a**3 + a**2, value))
 
 
-@wrong("tripwire.key_of knows bools and strings on ctx, not the int or dtype that chose the way; the probe is float64")
 def test_a_function_that_goes_another_way_in_single_precision() -> None:
     class ByDtype(torch.autograd.Function):
         @staticmethod
@@ -183,7 +181,6 @@ class HangsOnItsParameter(nn.Module):
         return x * self.w
 
 
-@wrong("Handles.plant looks at inputs alone, and only when the outputs have a graph")
 @pytest.mark.parametrize("way", ["no_grad", "detached output", "parameter"])
 def test_a_hook_on_the_sessions_leaf_that_no_lineage_tells_of(way: str) -> None:
     def planting(x: Tensor) -> Tensor:
@@ -236,16 +233,8 @@ class TriplesByModule(nn.Module):
 @pytest.mark.parametrize(
     "proven, hooking",
     [
-        pytest.param(
-            function(triples, "a", inputs=DECLARED),
-            function(hooks_a_node, "b"),
-            marks=wrong("Watch looks for hooks on nodes only while no model of the lineage is known to have hooks"),
-        ),
-        pytest.param(
-            factory(TriplesByModule, "a", inputs=DECLARED),
-            factory(HooksAModule, "b"),
-            marks=wrong("the same, and BackwardHookFunction is one class for all models"),
-        ),
+        (function(triples, "a", inputs=DECLARED), function(hooks_a_node, "b")),
+        (factory(TriplesByModule, "a", inputs=DECLARED), factory(HooksAModule, "b")),
     ],
 )
 def test_a_proven_hook_excuses_no_other(proven: Any, hooking: Any) -> None:
@@ -257,7 +246,6 @@ def test_a_proven_hook_excuses_no_other(proven: Any, hooking: Any) -> None:
         second(s, s.model("a", [s.model("b", [x])]), x)
 
 
-@wrong("tape_orders._hooks_on remembers of a node that it has no hooks; a later call may hang one on it")
 def test_a_hook_on_a_node_that_was_looked_at_before() -> None:
     def late(x: Tensor) -> Tensor:
         if x.grad_fn is not None:
@@ -277,7 +265,6 @@ def test_a_hook_on_a_node_that_was_looked_at_before() -> None:
 register = torch.Tensor.register_hook
 
 
-@wrong("Witness replaces an attribute of torch.Tensor; whoever has the function already is not seen")
 def test_a_hook_by_another_name() -> None:
     def hooking(x: Tensor) -> Tensor:
         y = x**2
@@ -313,7 +300,6 @@ def test_a_backward_that_counts() -> None:
     right_or_refused(lambda: s.get(s.grad(y, x, create_graph=True)), 3 * value**2)
 
 
-@wrong("Watch.check marks the graph of grad_outputs as derived, though no backward ran it: `_before` lacks it")
 def test_the_graph_of_a_cotangent_is_not_spent() -> None:
     class Right(torch.autograd.Function):
         @staticmethod
@@ -627,26 +613,7 @@ class KeepsItsLast(Again):
         return self.last * 1
 
 
-_MISSED = wrong(
-    "Stage.check: a graph that reaches a module without one more reference to it is not seen, and its backward runs "
-    "with the hosted weights"
-)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Again,
-        pytest.param(ByDefault, marks=_MISSED),
-        pytest.param(ByGlobal, marks=_MISSED),
-        pytest.param(ByWeakReference, marks=_MISSED),
-        pytest.param(ByDictionary, marks=_MISSED),
-        pytest.param(
-            KeepsItsLast,
-            marks=wrong("Stage.check: the last call's graph, which dies meanwhile, makes up for the reference"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", [Again, ByDefault, ByGlobal, ByWeakReference, ByDictionary, KeepsItsLast])
 def test_given_parameters_and_a_graph_that_runs_modules_again(kind: Any) -> None:
     s = Session(factory(kind))
     value, weight = real(2, 3), real(3, 3)
@@ -671,9 +638,6 @@ class ListsItsParameters(nn.Module):
         return F.linear(x, self.weights[0]).sin()
 
 
-@wrong(
-    "_is_plain passes a list of parameters (and HostedModel.swap knows `_parameters` alone): what is given is not used"
-)
 @pytest.mark.parametrize("stateless", [False, True])
 def test_given_parameters_that_the_model_keeps_in_a_list(stateless: bool) -> None:
     value, weight = real(2, 3), real(3, 3)
@@ -714,7 +678,6 @@ class DropsByHook(nn.Module):
         return torch.as_tensor(self.inner(x))
 
 
-@wrong("Stage._trapped leaves the original in eval mode, where closures that the replica shares with it look")
 @pytest.mark.parametrize("kind", [DropsByClosure, DropsByHook])
 def test_train_mode_that_a_closure_asks_for(kind: Any) -> None:
     s = Session(factory(kind))
@@ -740,7 +703,6 @@ class CountsByClosure(nn.Module):
         return x * self.count
 
 
-@wrong("the same with buffers: the closure writes the original's, the replica reads its own")
 def test_a_buffer_that_a_closure_writes() -> None:
     s = Session(factory(CountsByClosure))
     x = s.leaf(real(3))

@@ -10,6 +10,11 @@
 The one part of the client that needs torch.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("pullback.torch needs torch: pip install 'pullback[torch]'", name="torch") from error
+
 from pullback.torch._module import RemoteModule
 
 __all__ = ["RemoteModule"]

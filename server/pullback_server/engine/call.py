@@ -115,7 +115,17 @@ class Call:
         taken = self._take("parameters", job.parameters)
         for name, tensor in taken.items():
             check_parameter(hosted, name, tensor)
+            self._check_replaceable(name)
         return taken
+
+    def _check_replaceable(self, name: str) -> None:
+        """Raises Fault where the model's code would not find what stands for a parameter."""
+        if name in self.hosted.kept:
+            raise Fault(
+                Reason.UNSUPPORTED_BY_MODEL,
+                f"nothing can stand in for the parameter {name!r} of {self.hosted.owner}, which keeps it in "
+                f"{self.hosted.kept[name].place} as well; its author can look it up in its module when it is used",
+            )
 
     def _check_ranges(self) -> None:
         for name, (low, high) in self.hosted.ranges.items():
@@ -238,6 +248,7 @@ class Call:
             if wrap is None and name not in swaps:
                 requiring[name] = True
                 return own
+            self._check_replaceable(name)
             value = swaps.get(name, own).detach()
             tensor = _parameter(value).requires_grad_() if wrap is None else wrap(index, value)
             # What the model's author hung on the parameter belongs to its gradient, whatever its value.

@@ -16,6 +16,7 @@ from torch import nn
 from pullback_server.engine._dtypes import WIRE
 from pullback_server.engine.binding import bind
 from pullback_server.engine.guards import Randomness
+from pullback_server.engine.reach import Reference, references
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.job import OrdersRecord, SpecRecord
@@ -75,6 +76,11 @@ class HostedModel:
         self.spared: set[Any] = set()
         #: Learned: its graphs hold on to modules, to run them again in the backward.
         self.recomputes = False
+        #: Parameters that its code may find elsewhere than in its modules, and buffers: there others cannot stand in.
+        self.kept: dict[str, Reference] = {}
+        self.kept_buffers: dict[str, Reference] = {}
+        #: Kinds of nodes, not torch's own, that its forwards were seen to make.
+        self.met: weakref.WeakSet[type] = weakref.WeakSet()
         #: Whether it consists of torch's own modules alone.
         self.stock = False
         #: Whether code compiled by torch.compile is inside.
@@ -125,6 +131,9 @@ class HostedModel:
                 self._expected.append((child._parameters, key, parameter, parameter._version))
 
         self.stock = not (self.hooked or self.compiled) and all(map(_is_stock, module.modules()))
+        if not self.stock:
+            self.kept = references(module, {id(own): name for name, own in self.parameters.items()})
+            self.kept_buffers = references(module, {id(buffer): key for _, key, buffer in self._buffers})
 
     def _take_parameter(self, name: str, parameter: nn.Parameter, by_identity: dict[int, str]) -> None:
         if isinstance(parameter, nn.parameter.UninitializedParameter):

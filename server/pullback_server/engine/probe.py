@@ -60,12 +60,16 @@ def probe(hosted: HostedModel, compute: Compute) -> None:
         forward, why_not = trial.check_forward(found)
         hosted.forward_mode, hosted.no_jvp = twin.forward_mode, why_not
         trial.check_second(trials, len(found))
+        proven = set(twin.seen)
+        if not foreign.keys() <= proven:
+            torch.set_default_dtype(dtype)
+            proven |= trial.check_narrow(hosted, found)
     except Failed as failure:
         hosted.orders = OrdersRecord(
             1, forward, f"its backward runs {names}, and the probe at load failed: {failure}{why_not}"
         )
     else:
-        hosted.proven = set(twin.seen)
+        hosted.proven = proven
         hosted.honest = trial.honest
         hosted.orders = OrdersRecord(
             2,

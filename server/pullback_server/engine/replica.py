@@ -1,37 +1,32 @@
 """A hosted module with other parameters or buffers in it, for one call whose graph may outlive many others.
 
-A backward may run modules again (torch.utils.checkpoint, a Function that calls one) and must find them as the forward
-did. Most models do not: their graphs hold tensors only, and it is enough to exchange what the hosted module holds
-until its forward has run. Whether a graph holds on to modules shows in their reference counts; a model whose graph does
-runs on a copy of its modules that is that graph's own.
+A backward may run modules again (torch.utils.checkpoint, a Function that calls one, a hook) and must find them as the
+forward did. Most models' do not: their graphs hold torch's own nodes and tensors only, and it is enough to exchange
+what the hosted module holds until its forward has run. A model whose graph holds anything else runs on a copy of its
+modules that is that graph's own; whatever reaches the original instead is refused, in the forward and in the backward.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import enum
-import gc
-import sys
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from pullback_server.engine import provenance
 from pullback_server.engine.call import Again, out_of_memory, text_of
 from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.reach import Reference, tensors_from
+from pullback_server.engine.tape_state import Lineage
+from pullback_server.engine.tripwire import is_foreign
 from pullback_server.faults import Fault
 from pullback_wire import Reason
 
 Code = Callable[..., Any]
-
-_PLAIN_VALUES = (
-    *(int, float, complex, str, bytes, type(None), enum.Enum, type, types.BuiltinFunctionType),
-    *(torch.dtype, torch.device, torch.Tensor),
-)
-_OWN = frozenset(vars(nn.Module()))
 
 
 class _Captured(Exception):
@@ -52,25 +47,98 @@ def _trap() -> torch.Tensor:
 
 _TRAP = _trap()
 
-
-def _is_plain(value: Any) -> bool:
-    """Whether an attribute surely leads to no module."""
-    if isinstance(value, _PLAIN_VALUES):
-        return True
-    if isinstance(value, types.FunctionType):
-        return value.__closure__ is None
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return all(map(_is_plain, value))
-    return isinstance(value, dict) and all(map(_is_plain, value.values()))
+#: What to do when somebody looks at an original that is closed: by its id.
+_closed: dict[int, Callable[[], None]] = {}
+_closing: dict[type, type | None] = {}
 
 
-def _is_open(module: nn.Module) -> bool:
-    """Whether everything that a module's code can reach through it are plain values and its submodules."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    if type(module).__module__.startswith("torch.nn.modules."):
-        return "forward" not in vars(module)
-    return all(_is_plain(value) for name, value in vars(module).items() if name not in _OWN)
+def _closing_class(kind: type) -> type | None:
+    """The class of a module while it is closed; None where there can be none."""
+    if kind not in _closing:
+        _closing[kind] = _closing_class_of(kind)
+    return _closing[kind]
+
+
+def _closing_class_of(kind: Any) -> type | None:
+    if type(kind) is not type or any("__init_subclass__" in vars(base) for base in kind.__mro__ if base is not object):
+        # Whoever counts subclasses must not get to see another one.
+        return None
+
+    def look(self: Any, name: str) -> Any:
+        if found := _closed.get(id(self)):
+            found()
+        return inherited(self, name)
+
+    inherited: Any = kind.__getattribute__
+    return type(kind.__name__, (kind,), {"__getattribute__": look, "__module__": kind.__module__})
+
+
+@contextmanager
+def _closed_off(hosted: HostedModel, as_it_stands: Callable[[HostedModel], bool]) -> Iterator[None]:
+    """While a replica runs, nothing may look at the original. Raises Fault (UNSUPPORTED_BY_MODEL).
+
+    as_it_stands: whether, just now, something runs that is no replica's.
+    """
+    module = hosted.module
+    assert module is not None
+    originals = list(module.modules())
+    captured = False
+
+    def look() -> None:
+        nonlocal captured
+        if not as_it_stands(hosted):
+            captured = True
+            raise _Captured
+
+    def look_at_call(called: nn.Module, _: Any) -> None:
+        if id(called) in _closed:
+            look()
+
+    handle = nn.modules.module.register_module_forward_pre_hook(look_at_call)
+    kinds = [(original, type(original)) for original in originals]
+    try:
+        for original, kind in kinds:
+            _closed[id(original)] = look
+            if (closing := _closing_class(kind)) is not None:
+                object.__setattr__(original, "__class__", closing)
+        yield
+    except BaseException as error:
+        captured = captured or isinstance(error, _Captured)
+        if not captured:
+            raise
+    finally:
+        for original, kind in kinds:
+            _closed.pop(id(original), None)
+            if type(original) is not kind:
+                object.__setattr__(original, "__class__", kind)
+        handle.remove()
+    if captured:
+        raise _unsupported(
+            hosted,
+            "its code reaches modules other than through the module that it is part of (a closure, a default argument, "
+            "a global name); its author can let it reach them through `self` alone, as it is at the time of the call",
+        )
+
+
+def _unsupported(hosted: HostedModel, why: str) -> Fault:
+    return Fault(
+        Reason.UNSUPPORTED_BY_MODEL,
+        f"{hosted.owner} can be given no parameters and no train mode in a session: {why}",
+    )
+
+
+def guarded(lineage: Lineage) -> contextlib.AbstractContextManager[object]:
+    """Around a backward, which may run modules again: those of replicas only, where replicas made the graph."""
+    if not lineage.apart:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for hosted in lineage.apart:
+        stack.enter_context(_closed_off(hosted, provenance.runs_as_it_stands))
+    return stack
+
+
+def _never(_: HostedModel) -> bool:
+    return False
 
 
 class Stage:
@@ -84,62 +152,102 @@ class Stage:
         self._swaps = swaps
         self._train = train and hosted.module is not None
         self._private = hosted.module is not None and (train or hosted.writes_buffers)
-        self._counts: list[int] | None = None
+        self._replica: nn.Module | None = None
+        self._traces = provenance.Traces()
 
     @property
     def changes(self) -> bool:
         """Whether the module must be other than it stands."""
         return bool(self._swaps) or self._private or self._train
 
+    @property
+    def apart(self) -> bool:
+        """Whether it ran on a replica."""
+        return self._replica is not None
+
+    @property
+    def hooks(self) -> bool:
+        """Whether hooks were hung on tensors, nodes or modules."""
+        return self._traces.hooks
+
     @contextmanager
     def code(self) -> Iterator[Code]:
         """What to call, for as long as the forward runs. Raises Fault (UNSUPPORTED_BY_MODEL)."""
         hosted = self._hosted
         module = hosted.module
-        if not self.changes or module is None:
-            yield hosted.code
-        elif hosted.stock or self._exchangeable(module):
+        if hosted.stock and module is not None:
+            if not self.changes:
+                yield hosted.code
+                return
             with self._exchanged(module):
                 yield hosted.code
+        elif not self.changes or module is None:
+            with self._traces.watching():
+                yield hosted.code
+        elif hosted.recomputes or self._kept_elsewhere():
+            replica = self._replica = self._copied(module)
+            undo = hosted.swap(dict.fromkeys(self._swaps, _TRAP), False)
+            try:
+                with _closed_off(hosted, _never), self._traces.watching():
+                    yield replica
+            finally:
+                undo()
         else:
-            replica = self._replica(module)
-            with self._trapped(module):
-                yield replica
+            with self._exchanged(module), self._traces.watching():
+                yield hosted.code
 
-    def _exchangeable(self, module: nn.Module) -> bool:
-        if not self._hosted.recomputes and not all(map(_is_open, module.modules())):
-            self._hosted.recomputes = True
-        return not self._hosted.recomputes
+    def _kept_elsewhere(self) -> bool:
+        """Whether the module finds what is to be exchanged in other places, too. Raises Fault where a copy would."""
+        hosted = self._hosted
+        found: list[tuple[str, Reference]] = [
+            (f"parameter {name!r}", hosted.kept[name]) for name in self._swaps if name in hosted.kept
+        ]
+        if self._private:
+            found += [(f"buffer {name!r}", place) for name, place in hosted.kept_buffers.items()]
+        for what, place in found:
+            if not place.copied or (hosted.writes_buffers and what.startswith("buffer")):
+                raise _unsupported(
+                    hosted,
+                    f"it keeps its {what} in {place.place} as well, where nothing else can take its place; its author "
+                    "can look it up in its module when it is used",
+                )
+        return bool(found)
 
     @contextmanager
     def _exchanged(self, module: nn.Module) -> Iterator[None]:
         hosted = self._hosted
         undo = [hosted.swap(self._swaps, self._private)]
         if not hosted.stock:
-            self._counts = list(map(sys.getrefcount, module.modules()))
-        collecting = gc.isenabled()
+            undo.append(_computed(module))
         try:
             if self._train:
                 undo.append(hosted.enter_training())
-            # What is collected meanwhile would make counts fall.
-            gc.disable()
             yield
         finally:
-            if collecting:
-                gc.enable()
             while undo:
                 undo.pop()()
 
-    def check(self) -> None:
-        """With the forward's graph alive: whether that holds on to modules. Raises Again, having learned it."""
-        module, counts, self._counts = self._hosted.module, self._counts, None
-        if counts is None or module is None:
-            return
-        if any(now > before for now, before in zip(map(sys.getrefcount, module.modules()), counts, strict=True)):
-            self._hosted.recomputes = True
-            raise Again
+    def check(self, outputs: Sequence[torch.Tensor]) -> None:
+        """With what a forward returned: whether its backward runs modules again. Raises Again, having learned it.
 
-    def _replica(self, module: nn.Module) -> nn.Module:
+        Marks the new nodes as the model's.
+        """
+        hosted, traces = self._hosted, self._traces
+        if hosted.stock:
+            return
+        nodes = provenance.fresh(outputs)
+        if not nodes:
+            return
+        again = traces.packs or traces.hooks or hosted.hooked
+        changed = self.changes and not self.apart
+        if changed and (again or any(is_foreign(node) or provenance.packs(node) for node in nodes)):
+            hosted.recomputes = True
+            raise Again
+        provenance.claim(hosted, nodes, again or self.apart, traces.hooks, self.apart)
+        if self._replica is not None and not _leads_back(self._replica, outputs):
+            provenance.keep(self._replica, outputs)
+
+    def _copied(self, module: nn.Module) -> nn.Module:
         hosted = self._hosted
         # Sessions run code that torch.compile was applied to as it was written.
         while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
@@ -157,42 +265,35 @@ class Stage:
         except BaseException as error:
             if out_of_memory(error):
                 raise
-            raise self._unsupported(f"it cannot be copied: {type(error).__name__}: {text_of(error)}") from error
+            raise _unsupported(hosted, f"it cannot be copied: {type(error).__name__}: {text_of(error)}") from error
         if self._train:
             replica.train()
         return replica
 
-    @contextmanager
-    def _trapped(self, module: nn.Module) -> Iterator[None]:
-        """While a replica runs, nothing else of the model may."""
-        hosted = self._hosted
-        originals = set(map(id, module.modules()))
-        captured = False
 
-        def look(called: nn.Module, _: Any) -> None:
-            nonlocal captured
-            if id(called) in originals:
-                captured = True
-                raise _Captured
+def _computed(module: nn.Module) -> Callable[[], None]:
+    """Returns what puts back the tensors that hooks compute from parameters, which would hold on to the caller's."""
+    before = [
+        (vars(child), {name: value for name, value in vars(child).items() if isinstance(value, torch.Tensor)})
+        for child in module.modules()
+        if child._forward_pre_hooks
+    ]
 
-        undo = hosted.swap(dict.fromkeys(self._swaps, _TRAP), False)
-        handle = nn.modules.module.register_module_forward_pre_hook(look)
-        try:
-            yield
-        except BaseException as error:
-            captured = captured or isinstance(error, _Captured)
-            if not captured:
-                raise
-        finally:
-            handle.remove()
-            undo()
-        if captured:
-            raise self._unsupported(
-                "its code reaches modules other than through the module that it is part of (a closure, a global name)"
-            )
+    def back() -> None:
+        for place, values in before:
+            place.update(values)
 
-    def _unsupported(self, why: str) -> Fault:
-        return Fault(
-            Reason.UNSUPPORTED_BY_MODEL,
-            f"{self._hosted.owner} can be given no parameters and no train mode in a session: {why}",
-        )
+    return back
+
+
+def _leads_back(replica: nn.Module, outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether a replica keeps what it returned: if that kept the replica in turn, neither would ever be freed."""
+    ends = {tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None}
+    modules = frozenset(map(id, replica.modules()))
+    return any(
+        tensor.grad_fn in ends
+        for child in replica.modules()
+        for name, value in vars(child).items()
+        if name not in ("_parameters", "_modules")
+        for tensor, _ in tensors_from(value, known=modules)
+    )

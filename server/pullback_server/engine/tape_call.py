@@ -117,7 +117,8 @@ class Caller:
                 cause = Cause(number, "call", Reason.MODIFIED_IN_PLACE.value, over.message)
                 self._handles.spoil(over.helds, cause)
                 raise Fault(Reason.MODIFIED_IN_PLACE, over.message) from None
-            self._handles.plant(lineage, run.inputs.values())
+            finally:
+                self._handles.plant(hosted, (*run.inputs.values(), *run.parameters.values()), run.hung)
             return outputs, lineage
         raise Fault(Reason.INTERNAL, f"model {callee.name!r}: no attempt of {_ATTEMPTS} came to an end")
 

@@ -12,6 +12,7 @@ from pullback_server import ops
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.call import out_of_memory
 from pullback_server.engine.guards import Randomness, plain_kernels, quiet_vmap, without_cudnn
+from pullback_server.engine.replica import guarded
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_cotangents import grad_outputs
 from pullback_server.engine.tape_faults import explained
@@ -89,7 +90,7 @@ class Backward:
             given = [None if value is None else value.clone() for value in given]
         watch = None
         if self.op.create_graph and self.lineage.models:
-            watch = Watch(self.lineage, outputs, inputs)
+            watch = Watch(self.lineage, outputs, inputs, given)
             if watch.foreign and not all(value is not None and value.requires_grad for value in given):
                 self._rehearse(watch, outputs, inputs, given)
         armed = watch.armed() if watch is not None else contextlib.nullcontext()
@@ -214,7 +215,8 @@ def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Ma
     if randomness is not None:
         randomness.begin()
     try:
-        found = backward.run()
+        with guarded(backward.lineage):
+            found = backward.run()
     finally:
         if randomness is not None:
             randomness.end()

@@ -40,6 +40,8 @@ class Run:
     seed: int | None
     fast: bool
     no_grad: bool
+    #: Whether the model hung hooks on anything, whatever came of the call.
+    hung: bool = False
 
 
 class Overwritten(Exception):
@@ -59,7 +61,7 @@ def run_model(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], L
     try:
         randomness.begin()
         try:
-            outputs, witness = _forward(hosted, run, randomness)
+            outputs, witness, apart = _forward(hosted, run, randomness)
         finally:
             randomness.end()
     finally:
@@ -71,10 +73,12 @@ def run_model(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], L
         with contextlib.nullcontext() if not run.no_grad else torch.no_grad():
             outputs = {"loss": run.loss.apply(outputs, targets, hosted.owner)}
     outputs = {name: _sendable(name, tensor, hosted.owner) for name, tensor in outputs.items()}
-    return outputs, _lineage(hosted, run, outputs, witness)
+    return outputs, _lineage(hosted, run, outputs, witness, apart)
 
 
-def _lineage(hosted: HostedModel, run: Run, outputs: Mapping[str, torch.Tensor], witness: Witness) -> Lineage:
+def _lineage(
+    hosted: HostedModel, run: Run, outputs: Mapping[str, torch.Tensor], witness: Witness, apart: bool
+) -> Lineage:
     if not any(tensor.requires_grad for tensor in outputs.values()):
         return PLAIN
     found = merged(
@@ -86,8 +90,8 @@ def _lineage(hosted: HostedModel, run: Run, outputs: Mapping[str, torch.Tensor],
     if hosted.stock:
         return found
     own = frozenset([hosted])
-    hooked = own if witness.hooks or hosted.hooked else frozenset()
-    return merged([found, Lineage(own, hooked, 0, run.fast)])
+    hooked = own if witness.hooks or run.hung or hosted.hooked else frozenset()
+    return merged([found, Lineage(own, hooked, 0, run.fast, own if apart else frozenset())])
 
 
 def _sendable(name: str, tensor: torch.Tensor, owner: str) -> torch.Tensor:
@@ -159,7 +163,7 @@ class _Watched:
         return any(one.layout is torch.strided and one.untyped_storage()._cdata in lent for one in outputs)
 
 
-def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dict[str, torch.Tensor], Witness]:
+def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dict[str, torch.Tensor], Witness, bool]:
     given = {**run.inputs, **run.parameters}
     circumstances = run.train, run.no_grad, tuple((name, held.tensor.requires_grad) for name, held in given.items())
     # The first time in each circumstances, what the model does to what it is given is looked at on copies.
@@ -188,9 +192,10 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
     finally:
         # Whatever the model left.
         torch._C._set_grad_enabled(True)
+        run.hung |= stage.hooks
     _check_untouched(hosted, inputs, parameters)
-    stage.check()
     outputs = flatten(result, hosted.registration.outputs, hosted.owner)
+    stage.check(list(outputs.values()))
     if first:
         hosted.spared.add(circumstances)
         hosted.writes_inputs |= inputs.changed()
@@ -202,7 +207,7 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
         if inputs.holds(outputs.values()) and not hosted.writes_inputs:
             # Views of what it was given are views of the session's tensors, now as ever after.
             raise Again
-    return outputs, witness
+    return outputs, witness, stage.apart
 
 
 def _swaps(hosted: HostedModel, run: Run, given: _Watched, natural: bool) -> dict[str, torch.Tensor]:

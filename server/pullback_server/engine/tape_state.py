@@ -31,12 +31,14 @@ class Lineage:
     hooked: those of them that registered hooks on tensors.
     order: how many gradients were taken of gradients on the way, at most; 0: none.
     fast: whether a model ran with kernels that have no derivatives of higher order.
+    apart: those models that ran on a replica, which a backward may run again.
     """
 
     models: frozenset[HostedModel] = _NO_MODELS
     hooked: frozenset[HostedModel] = _NO_MODELS
     order: int = 0
     fast: bool = False
+    apart: frozenset[HostedModel] = _NO_MODELS
 
 
 #: Nothing but torch's own operations.
@@ -56,6 +58,7 @@ def merged(lineages: Iterable[Lineage]) -> Lineage:
             found.hooked | lineage.hooked,
             max(found.order, lineage.order),
             found.fast or lineage.fast,
+            found.apart | lineage.apart,
         )
     return found
 
@@ -67,6 +70,8 @@ class Held:
     tensor: torch.Tensor
     lineage: Lineage = PLAIN
     handle: int = 0
+    #: How many hooks of models were found on it.
+    hooks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +184,22 @@ class Handles:
             self._failed[handle] = cause
         self._ledger.dropped(len(lost))
 
-    def plant(self, lineage: Lineage, inputs: Iterable[Held]) -> None:
-        """After a call: whether its model put hooks on tensors of the session, where other graphs meet them."""
-        if lineage.hooked and any(held.tensor._backward_hooks for held in inputs):
-            self.planted = merged([self.planted, Lineage(lineage.hooked, lineage.hooked)])
+    def plant(self, hosted: HostedModel, given: Iterable[Held], hooks: bool) -> None:
+        """After a call, failed or not: whether its model put hooks on the session's, where other graphs meet them.
+
+        hooks: whether it hung any at all.
+        """
+        if hosted.stock:
+            return
+        hung = False
+        for held in given:
+            count = len(held.tensor._backward_hooks or ())
+            hung |= count != held.hooks
+            held.hooks = count
+        if hung or (hooks and hosted not in self.planted.models):
+            own = frozenset([hosted])
+            # Those on nodes alone show when a backward is about to run them, if it is watched.
+            self.planted = merged([self.planted, Lineage(own, own if hung else _NO_MODELS)])
 
     def clear(self) -> None:
         self.held.clear()

@@ -106,14 +106,14 @@ class Trial:
         raise Failed("the model keeps changing its state")
 
     def _point(
-        self, records: list[SpecRecord], extents: dict[str, tuple[int, ...]], number: int
+        self, records: list[SpecRecord], extents: dict[str, tuple[int, ...]], number: int, *, wide: bool = True
     ) -> tuple[Tensors, Tensors, Tensors, torch.Generator]:
         """A random point: inputs, tangents of everything, cotangents of what has one."""
         generator = torch.Generator().manual_seed(number + 1)
         device = self._twin.device
         inputs = {
             name: tensor.to(device)
-            for name, tensor in sample(records, extents, generator, wide=True, cautious=device.type == "cuda").items()
+            for name, tensor in sample(records, extents, generator, wide=wide, cautious=device.type == "cuda").items()
         }
         outcome, tensors = self._run("evaluate", inputs)
         outputs = {ref.name: tensors[ref.payload] for ref in outcome.outputs}
@@ -172,6 +172,39 @@ class Trial:
             if number == TRIES - 1 and passed < _POINTS:
                 raise Failed("too few points gave finite values")
 
+    def check_narrow(
+        self, hosted: HostedModel, found: Sequence[tuple[list[SpecRecord], dict[str, tuple[int, ...]]]]
+    ) -> set[Any]:
+        """Compares the HVP in the model's own precision, where its code may go another way, with that in double.
+
+        Returns what of its graphs is thereby proven. Raises Failed.
+        """
+        narrow = Trial(hosted, self._compute, self._deadline)
+        hosted.probing = True
+        try:
+            for records, extents in found:
+                if not any(self._agrees_with(narrow, records, extents, number) for number in range(TRIES)):
+                    raise Failed("in its own precision the second derivative is another one, or not finite")
+            return set(hosted.seen)
+        finally:
+            hosted.probing = False
+            hosted.seen = set()
+
+    def _agrees_with(
+        self, narrow: Trial, records: list[SpecRecord], extents: dict[str, tuple[int, ...]], number: int
+    ) -> bool:
+        inputs, t, v, generator = narrow._point(records, extents, number, wide=False)
+        found = narrow._run("hvp", inputs, cotangents=v, tangents=t)
+        expected = self._run("hvp", _widened(inputs), cotangents=_widened(v), tangents=_widened(t))
+        along = {name: _normal(like, generator) for name, like in _widened(t | _outputs(v)).items()}
+        pairs = [(_derived(outcome), values) for outcome, values in (found, expected)]
+        value, sure = (_paired(refs, values, along) for refs, values in pairs)
+        size = _paired(*pairs[1], along, absolute=True)
+        rounding = max(
+            (torch.finfo(like.dtype).eps for like in (*t.values(), *v.values())), default=torch.finfo(torch.double).eps
+        )
+        return math.isfinite(value) and abs(value - sure) <= min(10 * math.sqrt(rounding), 0.1) * size + 1e-10
+
     def _agrees(self, records: list[SpecRecord], extents: dict[str, tuple[int, ...]], number: int) -> bool:
         """False: not finite here. Raises Failed where the two differ."""
         inputs, t, v, generator = self._point(records, extents, number)
@@ -181,7 +214,7 @@ class Trial:
         size = _paired(outcome.gradients, values, t, absolute=True)
         if not math.isfinite(size):
             return False
-        derived = outcome.hvps + [GradRef(f"output:{grad.name}", grad.value) for grad in outcome.cotangent_derivatives]
+        derived = _derived(outcome)
         self.honest = self.honest and self._is_honest(inputs, t, v, _paired(outcome.gradients, values, t))
         for moving in self._directions(t, v):
             s = {name: _normal(like, generator) for name, like in moving.items()}
@@ -241,6 +274,26 @@ class Trial:
             cotangents=_moved(v, "output", s, step),
         )
         return _paired(outcome.gradients, values, t)
+
+
+def _derived(outcome: Any) -> list[GradRef]:
+    """The second derivatives of an outcome, by what they belong to."""
+    return [*outcome.hvps, *(GradRef(f"output:{grad.name}", grad.value) for grad in outcome.cotangent_derivatives)]
+
+
+def _outputs(v: Tensors) -> Tensors:
+    return {f"output:{name}": tensor for name, tensor in v.items()}
+
+
+def _widened(named: Tensors) -> Tensors:
+    return {
+        name: tensor.double()
+        if tensor.is_floating_point()
+        else tensor.to(torch.complex128)
+        if tensor.is_complex()
+        else tensor
+        for name, tensor in named.items()
+    }
 
 
 def _moved(named: Tensors, place: str, along: Tensors, step: float) -> Tensors:

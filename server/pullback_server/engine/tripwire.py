@@ -76,12 +76,29 @@ def is_compiled(node: Any) -> bool:
 
 def key_of(node: Any) -> Any:
     """What foreign nodes of one kind have in common."""
+    kinds = {str(meta.dtype) for meta in node._input_metadata}
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        return node.name()
+        return node.name(), frozenset(kinds)
     # What a forward leaves on ctx tells which way it went: a Function may hide tensors only now and then.
     left = vars(node)
-    flags = tuple(sorted((name, value) for name, value in left.items() if isinstance(value, (bool, str))))
-    return type(node), frozenset(left), flags
+    flags = sorted(
+        (name, repr(value)) for name, value in left.items() if isinstance(value, (bool, str, int, torch.dtype))
+    )
+    # So do the types of its numbers.
+    kinds |= {str(value.dtype) for value in left.values() if isinstance(value, torch.Tensor)}
+    kinds.update(_saved_kinds(node))
+    return type(node), frozenset(left), tuple(flags), frozenset(kinds)
+
+
+def _saved_kinds(node: Any) -> Iterator[str]:
+    """The types of what a Function saved. What was packed is not unpacked for that."""
+    try:
+        for raw in node._raw_saved_tensors or ():
+            if isinstance(raw.data, torch.Tensor):
+                yield str(raw.data.dtype)
+    # Freed, or changed in place: its backward will say so.
+    except RuntimeError:
+        return
 
 
 def title(node: Any) -> str:
