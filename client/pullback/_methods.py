@@ -163,8 +163,9 @@ class Methods:
 
     def to(self, dtype: Any) -> Any:
         """Converted to another dtype: numpy's, torch's, or a name. What has it already is returned itself."""
-        wanted = tensor_dtype(dtype)
-        return self if self.known_dtype == wanted else FUNCTIONS["to"](self, wanted)
+        wanted, known = tensor_dtype(dtype), self.known_dtype
+        # numpy takes None for float64.
+        return self if known is not None and known == wanted else FUNCTIONS["to"](self, wanted)
 
     def type_as(self, other: Any) -> Tensor:
         """Converted to the dtype of another tensor."""

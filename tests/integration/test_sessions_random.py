@@ -355,6 +355,7 @@ class Machine:
             for offset, pair in enumerate(zip(*both, strict=True)):
                 self.pairs[step.result + offset] = pair
             return
+        taken = self.taken() if step.kind == "backward" else []
         expected = self.attempt(self.local, 0, step)
         if isinstance(expected, Exception) and self.pipelined:
             self.over = step.kind == "backward"  # of which torch may have done a part
@@ -375,6 +376,8 @@ class Machine:
             self.forget_forbidden()
             return
         if step.kind == "backward":
+            # torch adds to x.grad in place, so what was taken of it before changes; here x.grad is another tensor then.
+            self.pairs = {number: pair for number, pair in self.pairs.items() if number not in taken}
             self.compare_grads(step)
         else:
             for offset, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
@@ -400,6 +403,13 @@ class Machine:
                     self.compare(mine, theirs, step.look)
                 except Difference as difference:
                     raise Difference(f"tensor {number} after {step.name}: {difference}") from None
+
+    def taken(self) -> list[int]:
+        """Numbers of tensors that are the `.grad` of others."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grads = [mine.grad for mine, _ in self.pairs.values()]
+        return [number for number, (mine, _) in self.pairs.items() if any(mine is one for one in grads)]
 
     def attempt(self, side: Any, which: int, step: Step) -> Any:
         operands = [self.pairs[number][which] for number in step.operands]
@@ -498,6 +508,8 @@ class Machine:
             return
         facts = [tuple(mine.shape), str(mine.dtype)[6:], mine.requires_grad, mine.is_leaf]
         others = [theirs.shape, str(theirs.dtype), theirs.requires_grad, theirs.is_leaf]
+        if mine.requires_grad and not (mine.is_floating_point() or mine.is_complex()):
+            count = 2  # torch's x[i] = v makes integers require grad where v is one number
         if facts[:count] != others[:count]:
             raise Difference(f"shape, dtype, requires_grad, is_leaf: torch {facts}, pullback {others}")
         if look:

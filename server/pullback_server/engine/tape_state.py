@@ -249,7 +249,8 @@ class Operands:
         ref = operand.value
         if ref is None:
             raise Fault(Reason.BAD_HANDLE, f"{field} has neither a handle nor a value", field)
-        tensor = self._tensors[ref.payload]
+        # Of its own: as a view of what it came in, it would lose the gradients of what is written to it.
+        tensor = self._tensors[ref.payload].detach()
         if operand.requires_grad and operand.keep:
             if not differentiable(tensor.dtype):
                 raise Fault(
@@ -257,8 +258,7 @@ class Operands:
                     f"{field} is {describe(tensor)}; only floating-point and complex tensors can require grad",
                     field,
                 )
-            # Of its own, as nothing else that looks at the same memory should require grad.
-            tensor = tensor.detach().requires_grad_()
+            tensor = tensor.requires_grad_()
         return Held(tensor, PLAIN)
 
     def take(self, operand: ops.Operand, field: str) -> Held:
