@@ -42,8 +42,9 @@ class _Run:
                 raise TypeError(f"outputs[{position}] is a {type(output).__name__}, expected a Tensor")
             if not output.may_require_grad:
                 raise errors.NotDifferentiable(
-                    f"outputs[{position}] does not require grad: nothing that it was made of does, or it was made "
-                    "under no_grad or by detach()"
+                    f"outputs[{position}] does not require grad: nothing that it was made of does (a model's "
+                    "parameters do once model.parameters() were taken in the same session), or it was made under "
+                    "no_grad or by detach()"
                 )
         bound = [output.bound_session for output in outputs if not output.is_portable]
         self.session: Session = next((one for one in bound if one is not None), None) or choose_session(outputs)
@@ -135,7 +136,7 @@ def backward(
         if not wanted:
             raise ValueError("inputs is empty; None means all leaves")
         for tensor in wanted:
-            wrt.update(_refs(run, tensor, "inputs"))
+            wrt.update(_refs(run, tensor, "one of inputs"))
     # The leaves may have been frozen since. Then there is nothing to accumulate, but what is wrong is still said.
     frozen = {} if wrt else {output._ref: output for output in outputs if output._ref is not None}
     wrt = {ref: tensor for ref, tensor in wrt.items() if ref.session is run.session}
@@ -214,9 +215,9 @@ def _remembered(session: Session, references: dict[int, weakref.ref[Tensor]]) ->
 def _refs(run: _Run, tensor: Any, field: str) -> Leaves:
     """What stands for a tensor in the graph; several where it was put into the session several times."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{field} holds a {type(tensor).__name__}, expected Tensors")
+        raise TypeError(f"{field} is a {type(tensor).__name__}, expected a Tensor")
     if not tensor.may_require_grad:
-        raise errors.NotDifferentiable(f"one of {field} does not require grad")
+        raise errors.NotDifferentiable(f"{field} does not require grad")
     found = {ref: tensor for ref, leaf in run.leaves.items() if leaf is tensor and ref.session is run.session}
     if found:
         return found
@@ -250,7 +251,7 @@ def grad(
     else:
         cotangents = list(grad_outputs)
     run = _Run(many, cotangents, is_grads_batched)
-    groups = [_refs(run, tensor, "inputs") for tensor in wanted]
+    groups = [_refs(run, tensor, f"inputs[{position}]") for position, tensor in enumerate(wanted)]
     # The gradients depend on these in turn.
     wrt = merged(groups) if len(groups) == 1 else {ref: one for group in groups for ref, one in group.items()}
     unused = bool(materialize_grads or allow_unused)

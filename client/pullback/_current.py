@@ -30,7 +30,24 @@ def default_session(transport: Transport, model: tuple[str, str] | None = None) 
             found = _found(transport)
             if found is None:
                 found = Session(transport, [model] if model else [])
+                # Of an ended session, or of the process that this one was forked from.
+                for earlier in _sessions(transport).values():
+                    lost_parameters(transport).update(key for key, taken in earlier.model_parameters.items() if taken)
                 _sessions(transport)[gate.generation] = found
+    return found
+
+
+def is_default(session: Session, transport: Transport) -> bool:
+    """Whether it is the client's own."""
+    return any(one is session for one in _sessions(transport).values())
+
+
+def lost_parameters(transport: Transport) -> set[tuple[str, str]]:
+    """Models (name, version) whose parameters were taken in the client's own session, which is no more.
+
+    Using the hosted ones in their place, without a word, would be another function.
+    """
+    found: set[tuple[str, str]] = transport.belongings.setdefault("lost_parameters", set())
     return found
 
 

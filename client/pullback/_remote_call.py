@@ -8,7 +8,7 @@ from typing import Any
 from pullback import errors
 from pullback._apply import Arguments, choose_session, run
 from pullback._caller import Caller
-from pullback._current import session_now
+from pullback._current import is_default, lost_parameters, session_now
 from pullback._info import ModelInfo
 from pullback._lineage import Ref
 from pullback._session import Session
@@ -33,7 +33,13 @@ def call_model(
     model = (caller.name, caller.version)
     values = [*named.values(), *given.values()]
     session = choose_session([one for one in values if isinstance(one, Tensor)], caller.transport, model)
-    given = {**session.model_parameters.get(model, {}), **given}
+    taken = session.model_parameters.get(model, {})
+    if not taken and not given and model in lost_parameters(caller.transport) and is_default(session, caller.transport):
+        raise errors.SessionLost(
+            f"model {caller.name!r}: the parameters taken from it, and what was done to them, were lost with their "
+            "session; model.parameters() takes the hosted ones anew"
+        )
+    given = {**taken, **given}
     arguments = Arguments(session)
     inputs = {name: arguments.operand(value, f"inputs[{name!r}]") for name, value in named.items()}
     more = {name: arguments.operand(value, f"parameters[{name!r}]") for name, value in given.items()}
@@ -97,6 +103,7 @@ def take_parameters(caller: Caller, session: Session | None) -> dict[str, Tensor
                 taken[spec.name] = Tensor.parameter(ref, dtype, shape)
         # Two threads may come here at once; the first one's stay.
         taken = session.model_parameters.setdefault(model, taken)
+    lost_parameters(caller.transport).discard(model)
     return taken
 
 

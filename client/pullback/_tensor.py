@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pullback import errors
-from pullback._arrays import Array, as_array, is_differentiable, tensor_dtype
+from pullback._arrays import Array, as_array, is_differentiable, refuse_torch_graph, tensor_dtype
 from pullback._lineage import Leaves, Ref, merged
 from pullback._methods import Methods
 from pullback._session import HandleInfo, Pending, Session
@@ -414,8 +414,10 @@ def tensor(
     session: where, or by which client, it will be used; None: in that of the tensors or of the model it meets, else in
         that of the `with client.session():` around, else in the client's own.
 
-    Raises TypeError, ValueError; NotDifferentiable for requires_grad with a dtype that has no gradients.
+    Raises TypeError (also for a torch tensor that requires grad), ValueError; NotDifferentiable for requires_grad with
+    a dtype that has no gradients.
     """
+    refuse_torch_graph(data, "data")
     source = data._value() if isinstance(data, Tensor) else as_array(data, "data")
     wanted = source.dtype.newbyteorder("<") if dtype is None else tensor_dtype(dtype)
     if dtype is not None and not hasattr(data, "dtype"):

@@ -38,7 +38,7 @@ def from_rpc_error(error: Any, what: str, target: str, timeout: float | None) ->
         given = "in time" if timeout is None else f"within {timeout:g} s"
         message = f"no answer from {target} {given}; timeout= sets how long a call may take"
     elif code == errors.Unavailable.default_code:
-        message = f"{target} cannot be reached: {message}"
+        message = f"{target} cannot be reached (is a pullback-server serving there?): {message}"
     elif code == errors.Unimplemented.default_code:
         message = f"{target} does not offer this call ({message}): is it a Pullback server, and as new as this client?"
     return _make(code, "", f"{what}: {message or error.code().name}")

@@ -730,3 +730,31 @@ def test_torch_tensors_with_a_graph_are_refused(client: pb.Client) -> None:
     with pytest.raises(TypeError, match="graph"):
         leaf(X, client) * torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
     assert (client.tensor(X) * torch.ones(2, 2, dtype=torch.float64)).shape == (2, 2)
+
+
+def test_lost_parameters_are_not_replaced_by_hosted_ones() -> None:
+    """Another function than the one that was trained must not answer in its place without a word."""
+    with Server(built_net, dies, threads=1) as server, pb.connect(server.target) as client:
+        net = client.model("lost_net")
+        with pb.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+        assert not net(np.ones((2, 3))).numpy().any()
+        with pytest.raises((errors.SessionLost, errors.WorkerLost)):
+            client.model("dies")(np.ones(1))
+        for _ in range(2):
+            with pytest.raises(errors.SessionLost, match="taken from it"):
+                net(np.ones((2, 3)))
+        net.parameters()
+        assert net(np.ones((2, 3))).numpy().any()
+
+
+@model("lost_net")
+def built_net() -> nn.Module:
+    """A layer whose parameters are taken, and lost."""
+    return built(lambda: nn.Linear(3, 2))
+
+
+def test_torch_tensors_that_require_grad_do_not_lose_it_silently() -> None:
+    with pytest.raises(TypeError, match="detach"):
+        pb.tensor(torch.ones(2, requires_grad=True))
