@@ -43,6 +43,7 @@ proto: ## Generate Python from the .proto files
 
 bench: $(READY) ## Every figure that the README claims
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/sessions.py
 
 soak: $(READY) ## Minutes of load with killed workers; prints figures
 	$(BIN)/python benchmarks/soak.py

@@ -17,6 +17,7 @@ from models import mlp
 from serving import HERE, child, pullback_server
 
 import pullback as pb
+from pullback import _caller
 
 #: About what one backward on a held graph sends besides its cotangent, and gets besides its gradient.
 _DESCRIPTION = 64
@@ -26,18 +27,24 @@ class BareStream:
     """Ping-pong on a bare stream of gRPC's own."""
 
     def __init__(self, target: str, path: str) -> None:
-        self._out: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._answers = grpc.insecure_channel(target, BIG).stream_stream(path)(self._frames())
 
     def _frames(self) -> Iterator[bytes]:
-        while True:
-            yield self._out.get()
+        while (message := self._out.get()) is not None:
+            yield message
 
     def __call__(self, *messages: bytes) -> None:
         for message in messages:
             self._out.put(message)
         for _ in messages:
             next(self._answers)
+
+    def close(self) -> None:
+        """Ends it, as the server expects it."""
+        self._out.put(None)
+        for _ in self._answers:
+            pass
 
 
 def small(target: str, echo: str, rounds: int) -> None:
@@ -73,6 +80,7 @@ def small(target: str, echo: str, rounds: int) -> None:
         rounds,
         200,
     )
+    stream.close()
 
     def unary() -> None:
         model.evaluate(x)
@@ -110,24 +118,27 @@ def large(target: str, echo: str, mebibytes: int, rounds: int) -> None:
     chunks = [data[at : at + (1 << 20)] for at in range(0, len(data), 1 << 20)]
     bare = grpc.insecure_channel(echo, BIG).unary_unary("/echo/same")
     stream = BareStream(echo, "/stream/same")
-    client = pb.connect(target, max_message_bytes=2**31 - 1, timeout=120)
-    session = client.session()
+    identity = pb.connect(target, max_message_bytes=2**31 - 1, timeout=120).model("identity")
 
-    def through_a_session() -> object:
-        # An upload, and a download: nothing is computed.
-        return session.tensor(x).clone().numpy()
+    def evaluate(threshold: int) -> Callable[[], object]:
+        def work() -> object:
+            _caller.BULK_BYTES = threshold
+            return identity.evaluate({"input": x})
+
+        return work
 
     compare(
         f"{mebibytes} MiB there and back",
         {
             "floor: bare unary echo": lambda: bare(data),
             "bare stream echo in 1 MiB chunks": lambda: stream(*chunks),
-            "pullback, evaluate": lambda: client.model("identity").evaluate({"input": x}),
-            "pullback, session: put, clone, get": through_a_session,
+            "pullback, one message each way": evaluate(1 << 60),
+            "pullback, chunks": evaluate(0),
         },
         rounds,
         3 if mebibytes > 128 else 5,
     )
+    stream.close()
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ M = TypeVar("M", bound=Message)
 R = TypeVar("R")
 
 
-#: Requests of at least so many bytes go through a session; below it, one message is quicker.
-BULK_BYTES = 64 << 20
+#: Requests of at least so many bytes go through a session. One message is quicker as far as it goes (benchmarks/
+#: sessions.py), but takes several times its bytes of the front's memory.
+BULK_BYTES = 256 << 20
 _DENSE = ("ComputeJacobian", "ComputeHessian")
 
 
