@@ -166,14 +166,17 @@ def resident(processes: list[psutil.Process]) -> int:
 def sessions(target: str, metrics: str, front: psutil.Process, cycles: int, callers: int) -> bool:
     """Prints what cycles in sessions leave. Whether that is nothing."""
     Sessions(target, cycles // 5, callers).run()
+    gc.collect()
     time.sleep(2)
     family = [front, *front.children()]
     before = resident(family), sum(process.num_fds() for process in family)
     load = Sessions(target, cycles, callers)
     killed = load.run()
     end = time.monotonic() + 30
+    # Clients that were dropped, not closed: gRPC's channels wait for the garbage collector.
+    gc.collect()
+    time.sleep(2)
     while any(gauges(metrics).values()) and time.monotonic() < end:
-        # Clients that were dropped, not closed.
         gc.collect()
         time.sleep(0.2)
     left = {name: value for name, value in gauges(metrics).items() if value}

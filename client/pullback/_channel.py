@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pullback._fork import gate
+from pullback._ticker import ticker
 
 #: A file's path, or the PEM bytes themselves.
 PemSource = str | os.PathLike[str] | bytes
@@ -141,6 +144,31 @@ def clean_metadata(
     return tuple(cleaned)
 
 
+#: Channels whose client was dropped without close(), with the generation they belong to. gRPC itself holds on to a
+#: channel until it is closed (so that it can see to it in a fork), and closing one is no work for a finalizer.
+_orphans: deque[tuple[int, Any]] = deque()
+#: Those of a parent process.
+_inherited: list[Any] = []
+
+
+def _abandon(channels: dict[int, Any]) -> None:
+    _orphans.extend(channels.items())
+    ticker().later(close_orphans)
+
+
+def close_orphans() -> None:
+    """Closes the connections of clients that were dropped; done by whoever next uses a channel, or by the ticker."""
+    while _orphans:
+        try:
+            generation, channel = _orphans.popleft()
+        except IndexError:
+            return
+        if generation == gate.generation:
+            channel.close()
+        else:
+            _inherited.append(channel)
+
+
 class ForkAwareChannel:
     """The channel of the present process, and its callables, made when first used. Safe to use from many threads.
 
@@ -154,9 +182,12 @@ class ForkAwareChannel:
         self._channels: dict[int, Any] = {}
         self._callables: dict[tuple[int, str], Callable[..., bytes]] = {}
         self.closed = False
+        weakref.finalize(self, _abandon, self._channels).atexit = False
 
     def unary(self, path: str) -> Callable[..., bytes]:
         """gRPC's callable for a unary method, from bytes to bytes."""
+        if _orphans:
+            close_orphans()
         key = (gate.generation, path)
         found = self._callables.get(key)
         if found is None:
@@ -166,6 +197,8 @@ class ForkAwareChannel:
 
     def channel(self) -> Any:
         """The grpc.Channel of this process."""
+        if _orphans:
+            close_orphans()
         generation = gate.generation
         found = self._channels.get(generation)
         if found is None:

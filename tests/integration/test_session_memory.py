@@ -143,6 +143,29 @@ def test_garbage_lets_go_of_what_it_held(served: Served) -> None:
     settled(served)
 
 
+def test_clients_that_are_dropped_hang_up(served: Served) -> None:
+    front = psutil.Process(served.process.pid)
+
+    def connections() -> int:
+        return sum(one.status == psutil.CONN_ESTABLISHED for one in front.net_connections("tcp"))
+
+    for _ in range(5):
+        client = pb.connect(served.target)
+        client.model("identity").evaluate(np.ones(3))
+        leaf = client.tensor(np.ones(3), requires_grad=True)
+        leaf.sum().backward()
+    assert connections() <= 3
+    del client, leaf
+    gc.collect()
+    # Whoever next uses a channel sees to those that were left.
+    with pb.connect(served.target) as other:
+        other.model("identity").evaluate(np.ones(3))
+        end = time.monotonic() + 10
+        while connections() > 1:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 @pytest.mark.big
 @pytest.mark.timeout(600)
 def test_2_gib_and_more_there_and_back_in_a_bounded_front(served: Served) -> None:
