@@ -22,7 +22,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 import pytest
 import torch
 from tests import session_models
@@ -731,8 +730,9 @@ def test_collected_tensors_leave_nothing_and_keep_what_others_need(client: pb.Cl
     session.tensor(1.0).sin().numpy()
     until(lambda: metric(server, "pullback_session_handles") - before[0] <= 4)
     session.close()
-    until(lambda: metric(server, "pullback_sessions") == before[1])
-    until(lambda: metric(server, "pullback_session_handles") == before[0])
+    # Fewer: what earlier tests left to the garbage collector may have gone as well.
+    until(lambda: metric(server, "pullback_sessions") <= before[1])
+    until(lambda: metric(server, "pullback_session_handles") <= before[0])
 
 
 def test_metrics_return_to_zero() -> None:
@@ -877,13 +877,11 @@ def test_pickling(client: pb.Client) -> None:
 
 
 def test_a_worker_that_is_killed_in_the_middle() -> None:
-    before = {process.pid for process in psutil.Process().children()}
     with Server(MODELS, devices="cpu", threads=1) as server, pb.connect(server.target, timeout=30) as client:
-        (victim,) = (
-            process.pid
-            for process in psutil.Process().children()
-            if process.pid not in before and "engine.worker" in " ".join(process.cmdline())
-        )
+        # Of this very server; others of this process have workers too.
+        assert server._app is not None
+        victim = server._app._fleet.workers[0].pid
+        assert victim is not None
         piped, idle = client.session(pipelined=True), client.session()
         held, other = idle.tensor(X, requires_grad=True) * 2, piped.tensor(X, requires_grad=True)
         total = held.sum()
