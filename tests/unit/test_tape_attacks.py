@@ -1,6 +1,6 @@
 """Attacks on a session's gradients: what a model's code or a client may do so that a number is wrong without a word.
 
-Each names its cause. Those that are expected to fail show what is wrong today, and pass once it is right or refused.
+Each was once wrong, or was tried and held.
 """
 
 from __future__ import annotations
@@ -28,10 +28,6 @@ from pullback_wire import Reason
 Tensor = torch.Tensor
 grad = torch.autograd.grad
 DECLARED = {"x": spec("float64", ["n"])}
-
-
-def wrong(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def right_or_refused(compute: Callable[[], Tensor], expected: Tensor, tolerance: float = 1e-10) -> None:
