@@ -104,10 +104,11 @@ class Rows:
             gradients(self._call, self._outputs, self._wrt, [v[k] for v in values], order=self._order, retain=True)
             for k in range(values[0].shape[0])
         ]
-        return [_stacked(column) for column in zip(*rows, strict=True)]
+        return [stacked(column) for column in zip(*rows, strict=True)]
 
 
-def _stacked(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def stacked(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One row after the other as one tensor; None where there is none at all."""
     like = next((gradient for gradient in column if gradient is not None), None)
     if like is None:
         return None

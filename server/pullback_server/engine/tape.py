@@ -17,7 +17,7 @@ from pullback_server.engine.guards import Ambience
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_call import Caller
 from pullback_server.engine.tape_grad import grad
-from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles, Held, Operands
+from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles, Made, Operands
 from pullback_server.faults import Fault
 from pullback_server.job import TensorRef
 from pullback_wire import Reason
@@ -32,10 +32,6 @@ class TapeResult:
 
     outcome: ops.SessionOutcome
     tensors: list[torch.Tensor]
-
-
-#: What an op made or read: handle, name, tensor (None: an unused gradient).
-Made = list[tuple[int, str, Held | None]]
 
 
 class Tape:
@@ -157,7 +153,7 @@ class Tape:
         in_place = isinstance(op, ops.Call) and any(held is not None and held.handle for _, _, held in made)
         if not isinstance(op, (ops.Put, ops.Get)):
             self._note(made, refuse=not in_place)
-        shared = self._memory(op) if isinstance(op, ops.Call) else {}
+        shared = self._handles.memory(op) if isinstance(op, ops.Call) else {}
         result = self._result(made, fetch, fetch_below, job.max_result_bytes, shared)
         for handle, _, held in made:
             if held is not None and held.handle == 0:
@@ -206,14 +202,6 @@ class Tape:
             and (held := self._ledger.settle()) > self._afford.budget
         ):
             raise self._afford.over(self._retained, held)
-
-    def _memory(self, call: ops.Call) -> dict[int, int]:
-        """The operands of a call that have handles, by the storage they lie in."""
-        found: dict[int, int] = {}
-        for operand in (*call.inputs, *call.targets, *call.parameters):
-            if handle := operand.handle or operand.keep:
-                found.setdefault(self._handles[handle].tensor.untyped_storage()._cdata, handle)
-        return found
 
     def _result(
         self, made: Made, fetch: Sequence[int], fetch_below: int, limit: int, shared: Mapping[int, int]

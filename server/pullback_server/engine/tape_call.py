@@ -18,15 +18,13 @@ from pullback_server.engine.operations import Applied, apply
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_arguments import Named, by_name, model_inputs, model_parameters
 from pullback_server.engine.tape_model import Overwritten, Run, as_handles, run_model
-from pullback_server.engine.tape_state import PLAIN, Afford, Cause, Handles, Held, Lineage, Operands, merged
+from pullback_server.engine.tape_state import PLAIN, Afford, Cause, Handles, Held, Lineage, Made, Operands, merged
 from pullback_server.faults import Fault
 from pullback_server.job import LossCall
 from pullback_wire import Reason
 
 #: How often a model's call is computed anew with what was learned about it. Each thing is learned once.
 _ATTEMPTS = 9
-
-Made = list[tuple[int, str, Held | None]]
 
 
 class Caller:
@@ -60,11 +58,7 @@ class Caller:
     def _made(self, op: ops.Call, outputs: dict[str, torch.Tensor], lineage: Lineage) -> Made:
         names = list(outputs)
         handles = as_handles(names, op.handles)
-        own = {
-            self._handles[handle].tensor.untyped_storage()._cdata
-            for operand in (*op.inputs, *op.targets, *op.parameters)
-            if (handle := operand.handle or operand.keep)
-        }
+        own = self._handles.memory(op) if isinstance(op.callee, ops.Model) else {}
         if len(handles) > len(op.handles):
             self._handles.check_free(handles[len(op.handles) :])
         made: Made = []

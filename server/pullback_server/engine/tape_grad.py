@@ -10,6 +10,7 @@ import torch
 
 from pullback_server import ops
 from pullback_server.engine._dtypes import describe, differentiable
+from pullback_server.engine.backward import stacked
 from pullback_server.engine.call import out_of_memory
 from pullback_server.engine.guards import Randomness, plain_kernels, quiet_vmap, without_cudnn
 from pullback_server.engine.replica import guarded
@@ -17,11 +18,10 @@ from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_cotangents import grad_outputs
 from pullback_server.engine.tape_faults import explained
 from pullback_server.engine.tape_orders import Watch
-from pullback_server.engine.tape_state import PLAIN, Afford, Held, Lineage, Operands, merged
+from pullback_server.engine.tape_state import PLAIN, Afford, Held, Lineage, Made, Operands, merged
 from pullback_server.faults import Fault
 from pullback_wire import Reason
 
-Made = list[tuple[int, str, Held | None]]
 Tensors = Sequence[torch.Tensor]
 
 
@@ -84,10 +84,7 @@ class Backward:
         """The gradients. Raises Fault, and what torch raises when memory runs out."""
         outputs = [held.tensor for held in self.outputs]
         inputs = [held.tensor for held in self.inputs]
-        given = [None if held is None else held.tensor for held in self.given]
-        if self.lineage.models:
-            # A Function's backward may write into what it is given, which the session may hold.
-            given = [None if value is None else value.clone() for value in given]
+        given = self._copies([None if held is None else held.tensor for held in self.given])
         watch = None
         if self.op.create_graph and self.lineage.models:
             watch = Watch(self.lineage, outputs, inputs, given)
@@ -105,6 +102,12 @@ class Backward:
             None if gradient is None else gradient.to_dense() if gradient.layout is not torch.strided else gradient
             for gradient in found
         ]
+
+    def _copies(self, given: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """Cotangents that a Function's backward may write into, where there may be one."""
+        if not self.lineage.models:
+            return given
+        return [None if value is None else value.clone() for value in given]
 
     def _kernels(self) -> contextlib.AbstractContextManager[object]:
         """The kernels of the forwards, which a backward may run again."""
@@ -167,15 +170,14 @@ class Backward:
         def row(index: int) -> list[torch.Tensor | None]:
             return [None if value is None else value[index] for value in given]
 
-        copies = [None if value is None else value.clone() for value in given] if self.lineage.models else given
-        found = [] if watched else self._vectorised(outputs, inputs, copies)
+        found = [] if watched else self._vectorised(outputs, inputs, self._copies(given))
         if found:
             if not self.retain:
                 # The one way to have torch free the graph.
                 self._once(outputs, inputs, row(0))
             return found
         columns = [self._once(outputs, inputs, row(k), self.retain or k + 1 < rows) for k in range(rows)]
-        return [_stacked(column) for column in zip(*columns, strict=True)]
+        return [stacked(column) for column in zip(*columns, strict=True)]
 
     def _vectorised(
         self, outputs: Tensors, inputs: Tensors, given: Sequence[torch.Tensor | None]
@@ -194,14 +196,6 @@ class Backward:
             if out_of_memory(error) and outputs[0].is_cuda:
                 torch.cuda.empty_cache()
         return []
-
-
-def _stacked(column: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    like = next((gradient for gradient in column if gradient is not None), None)
-    if like is None:
-        return None
-    # A backward may return None for a gradient that is zero.
-    return torch.stack([torch.zeros_like(like).to_dense() if g is None else g.to_dense() for g in column])
 
 
 def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Made:

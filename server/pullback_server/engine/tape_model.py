@@ -117,18 +117,15 @@ def _kernels(hosted: HostedModel, run: Run, stage: Stage) -> contextlib.Abstract
     uncompiled = hosted.compiled and stage.changes
     if not (plain or hosted.without_cudnn or uncompiled):
         return contextlib.nullcontext()
+    if plain and not hosted.without_cudnn:
+        return plain_kernels()
     stack = contextlib.ExitStack()
     if hosted.without_cudnn:
         stack.enter_context(without_cudnn())
     if plain:
-        return plain_kernels() if not hosted.without_cudnn else _with(stack, plain_kernels())
-    if uncompiled:
+        stack.enter_context(plain_kernels())
+    elif uncompiled:
         stack.enter_context(compiled_code_as_written())
-    return stack
-
-
-def _with(stack: contextlib.ExitStack, context: contextlib.AbstractContextManager[object]) -> contextlib.ExitStack:
-    stack.enter_context(context)
     return stack
 
 

@@ -74,6 +74,10 @@ class Held:
     hooks: int = 0
 
 
+#: What an op made or read: handle, name, tensor (None: an unused gradient).
+Made = list[tuple[int, str, Held | None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Cause:
     """Why an op failed. Nothing but words: an exception would hold on to graphs."""
@@ -122,6 +126,14 @@ class Handles:
         if held is not None:
             return held
         raise self._missing(handle)
+
+    def memory(self, call: ops.Call) -> dict[int, int]:
+        """The operands of a call that have handles, by the storage they lie in. Raises Fault, Dependency."""
+        found: dict[int, int] = {}
+        for operand in (*call.inputs, *call.targets, *call.parameters):
+            if handle := operand.handle or operand.keep:
+                found.setdefault(self[handle].tensor.untyped_storage()._cdata, handle)
+        return found
 
     def _missing(self, handle: int) -> Exception:
         cause = self._failed.get(handle)

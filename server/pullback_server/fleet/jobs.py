@@ -104,11 +104,7 @@ class Jobs:
         try:
             answer = await call.answer
         except asyncio.CancelledError:
-            if call.answer.cancelled():
-                self._channel.send(messages.encode(messages.Cancel(call.number)))
-            # The answer came in the very turn in which the task was cancelled.
-            elif isinstance(answer := call.answer.result(), LocalReply):
-                answer.leave()
+            self.abandon(call)
             raise
         if isinstance(answer, Exception):
             raise answer
@@ -118,8 +114,10 @@ class Jobs:
         """Gives a posted job up that nobody waits for."""
         if not call.answer.done():
             call.answer.cancel()
+        if call.answer.cancelled():
             self._channel.send(messages.encode(messages.Cancel(call.number)))
-        elif not call.answer.cancelled() and isinstance(answer := call.answer.result(), LocalReply):
+        # The answer came in the very turn in which whoever waited went away.
+        elif isinstance(answer := call.answer.result(), LocalReply):
             answer.leave()
 
     def upload(self, size: int) -> Upload:

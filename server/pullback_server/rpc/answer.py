@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 from google.protobuf.message import Message
 
+from pullback_server.fleet.seam import Buffer
 from pullback_server.job import BlockRef, GradRef, Kind, Outcome, TensorRef
+from pullback_wire import encode
 from pullback_wire.v1 import gradient_service_pb2 as pb
 from pullback_wire.v1 import tensor_pb2
+
+#: Answers larger than this are joined off the event loop; joining gives up the interpreter lock from 1 MiB on.
+_JOIN_ASIDE = 1 << 20
+
+
+async def join(header: bytes, payloads: Sequence[Buffer], executor: Executor) -> bytes:
+    """A message and its payloads in one."""
+    if sum(len(payload) for payload in payloads) < _JOIN_ASIDE:
+        return encode(header, payloads)
+    # Not cancelled half-way: leaving the reply's context gives the memory that is being read back to the worker.
+    joining = asyncio.get_running_loop().run_in_executor(executor, encode, header, payloads)
+    try:
+        return await asyncio.shield(joining)
+    except asyncio.CancelledError:
+        await asyncio.wait([joining])
+        raise
 
 
 def response(kind: Kind, outcome: Outcome) -> Message:

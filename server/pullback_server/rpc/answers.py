@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
@@ -10,18 +9,15 @@ from pullback_server import ops
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Reply, WorkerLost
 from pullback_server.rpc import status
-from pullback_server.rpc.answer import response, tensors_of
+from pullback_server.rpc.answer import join, response, tensors_of
 from pullback_server.rpc.ops import result_of
 from pullback_server.rpc.request import wire_path
 from pullback_server.rpc.sending import Op, until_told
 from pullback_server.rpc.transfers import Outbox
-from pullback_wire import encode
 from pullback_wire.v1 import session_service_pb2 as pb
 
 #: Values that stay in an answer's own message, in all, where the client takes chunks.
 _ROOM = 16 << 20
-#: Messages of more bytes are joined off the event loop.
-_JOIN_ASIDE = 1 << 20
 
 
 class AnswerWriter:
@@ -78,15 +74,4 @@ class AnswerWriter:
                 else:
                     tensor.payload = places[tensor.payload]
         payloads = [reply.payloads[index] for index in staying]
-        header = frame.SerializeToString()
-        if sum(len(payload) for payload in payloads) < _JOIN_ASIDE:
-            data = encode(header, payloads)
-        else:
-            joining = asyncio.get_running_loop().run_in_executor(self._executor, encode, header, payloads)
-            try:
-                data = await asyncio.shield(joining)
-            except asyncio.CancelledError:
-                # Leaving the reply's context gives the memory that is being read back to the worker.
-                await asyncio.wait([joining])
-                raise
-        await self._write(data)
+        await self._write(await join(frame.SerializeToString(), payloads, self._executor))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Executor
 from typing import cast
 
 from pullback_server.faults import Fault
 from pullback_server.job import Kind, Outcome
-from pullback_server.rpc.answer import response
+from pullback_server.rpc.answer import join, response
 from pullback_server.rpc.request import Request, Translator, wire_path
 from pullback_server.rpc.unary import Call
 from pullback_server.scheduling import Scheduler
 from pullback_server.telemetry import Metrics
-from pullback_wire import Method, decode, encode
-
-#: Answers larger than this are joined off the event loop; joining gives up the interpreter lock from 1 MiB on.
-_JOIN_ASIDE = 1 << 20
+from pullback_wire import Method, decode
 
 
 class GradientHandler:
@@ -42,16 +38,7 @@ class GradientHandler:
         with scheduled.reply as reply:
             kind: Kind = job.kind
             header = response(kind, cast(Outcome, reply.outcome)).SerializeToString()
-            if sum(len(payload) for payload in reply.payloads) < _JOIN_ASIDE:
-                answer = encode(header, reply.payloads)
-            else:
-                # Not cancelled half-way: leaving the context gives the memory that is being read back to the worker.
-                joining = asyncio.get_running_loop().run_in_executor(self._executor, encode, header, reply.payloads)
-                try:
-                    answer = await asyncio.shield(joining)
-                except asyncio.CancelledError:
-                    await asyncio.wait([joining])
-                    raise
+            answer = await join(header, reply.payloads, self._executor)
             stages = self._metrics.stage_seconds
             stages.labels("queue", job.model).observe(scheduled.queued)
             for stage in ("transfer", "compute"):

@@ -50,11 +50,6 @@ class SessionHandler:
         self._streams: set[Stream] = set()
         self._draining: float | None = None
 
-    @property
-    def open(self) -> int:
-        """Sessions that are open."""
-        return len(self._streams)
-
     def method_handler(self) -> grpc.RpcMethodHandler:
         """The gRPC handler of SessionService.Session. No (de)serialisers, as in `unary`."""
         return grpc.stream_stream_rpc_method_handler(self._serve)

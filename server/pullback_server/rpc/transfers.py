@@ -87,7 +87,7 @@ class Inbox:
                 "bytes have come",
             )
         del self._uploads[number]
-        self._count(-upload.size)
+        self._uncount(upload)
         return upload
 
     def close(self) -> None:
@@ -131,13 +131,12 @@ class Inbox:
         self._refused.pop(number, None)
         upload = self._uploads.pop(number, None)
         if upload is not None:
-            self._count(-upload.size)
+            self._uncount(upload)
             upload.drop()
 
-    def _count(self, change: int) -> None:
-        self._bytes += change
-        if change < 0:
-            self._admission.forget_upload(-change)
+    def _uncount(self, upload: Upload) -> None:
+        self._bytes -= upload.size
+        self._admission.forget_upload(upload.size)
 
 
 class Outbox:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from pullback_server.fleet.seam import Buffer, Pending, Reply, Seat, Upload, Worker
@@ -33,15 +32,13 @@ class Pinned:
         self, job: Job | SessionJob, payloads: Sequence[Buffer], deadline: float, uploads: Sequence[Upload] = ()
     ) -> OnItsWay:
         """Sends an op when its turn has come. Raises Fault, WorkerLost."""
-        since = time.monotonic()
         await self._scheduler.place_on(self.worker, deadline)
-        queued = time.monotonic() - since
         try:
             pending = await self.seat.post(job, payloads, deadline, uploads)
         except BaseException:
             self._scheduler.release(self.worker)
             raise
-        return OnItsWay(self._scheduler, self.worker, pending, queued)
+        return OnItsWay(self._scheduler, self.worker, pending)
 
     def close(self) -> None:
         """Frees everything that the session holds."""
@@ -49,13 +46,12 @@ class Pinned:
 
 
 class OnItsWay:
-    """An op that was sent. It has its place until it is answered or `give_up` is called. queued: seconds it waited."""
+    """An op that was sent. It has its place until it is answered or `give_up` is called."""
 
-    def __init__(self, scheduler: Scheduler, worker: Worker, pending: Pending, queued: float) -> None:
+    def __init__(self, scheduler: Scheduler, worker: Worker, pending: Pending) -> None:
         self._scheduler = scheduler
         self._worker: Worker | None = worker
         self._pending = pending
-        self.queued = queued
         # The place goes to others as soon as the op is computed, however long its answer is on its way.
         pending.answered.add_done_callback(lambda _: self.give_up())
 
