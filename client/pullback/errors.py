@@ -6,12 +6,12 @@
                                          ComplexUnsupported BadHandle BadOperand (RuntimeError too, as in torch)
       NotFound (LookupError)             ModelNotFound VersionNotFound LossNotFound OperationNotFound
       FailedPrecondition (RuntimeError)  NotDifferentiable UnusedInput GraphFreed OrderUnavailable UnsupportedByModel
-                                         ModifiedInPlace NotOnSessionWorker DependencyFailed
+                                         ModifiedInPlace NotOnSessionWorker DependencyFailed Quarantined
       ResourceExhausted (RuntimeError)   Overloaded OutOfMemory (MemoryError too) SessionBudgetExceeded MessageTooLarge
       InternalError (RuntimeError)       ModelError ProtocolError
       Unavailable (ConnectionError)      NotReady WorkerLost
       Aborted (RuntimeError)             SessionLost
-      DeadlineExceeded (TimeoutError)
+      DeadlineExceeded (TimeoutError)    HardTimeout
       PermissionDenied (PermissionError) AdminDisabled
       Unauthenticated (PermissionError)
       Unimplemented (NotImplementedError)
@@ -347,6 +347,18 @@ class WorkerLost(Unavailable):
     """The worker died under the call, and again when it was retried."""
 
     cause = Reason.WORKER_LOST
+
+
+class HardTimeout(DeadlineExceeded):
+    """The call computed for longer than the model's hard limit; its worker was ended."""
+
+    cause = Reason.HARD_TIMEOUT
+
+
+class Quarantined(FailedPrecondition):
+    """Calls like this one have killed workers; it is not tried again for a while."""
+
+    cause = Reason.QUARANTINED
 
 
 class SessionLost(Aborted):

@@ -94,6 +94,10 @@ class Reason(enum.Enum):
     INTERNAL = "INTERNAL", Code.INTERNAL
     #: The worker died under the call, and again when it was retried.
     WORKER_LOST = "WORKER_LOST", Code.UNAVAILABLE
+    #: The call computed for longer than the model's hard limit; its worker was ended.
+    HARD_TIMEOUT = "HARD_TIMEOUT", Code.DEADLINE_EXCEEDED
+    #: Calls like this one have killed workers; it is not tried again for a while.
+    QUARANTINED = "QUARANTINED", Code.FAILED_PRECONDITION
     #: Loading or draining; comes with RetryInfo.
     NOT_READY = "NOT_READY", Code.UNAVAILABLE
     #: The worker died under the session.

@@ -103,6 +103,62 @@ class Outcome(msgspec.Struct, array_like=True, tag="outcome"):
     timings: dict[str, float] = {}
     #: Bytes of device memory in use after the job (0 where the device does not say).
     device_memory: int = 0
+    #: How often the rows had to be split because memory ran out.
+    splits: int = 0
+
+
+class Batch(msgspec.Struct, array_like=True, tag="batch"):
+    """Jobs for one function whose rows go through the model together.
+
+    They agree in model, version, kind, loss, `wrt`, the names, dtypes and row shapes of their tensors, and differ in
+    the number of rows. None has parameters, a seed or train mode; `wrt` names inputs only.
+
+    counts: payloads of each member, in order: the members' own payload indices begin at 0 each.
+    deadlines: of each member, on the time.monotonic clock; a member whose deadline has passed is not computed.
+    shadow: the member that is computed alone as well and compared with; -1: none.
+    """
+
+    members: list[Job]
+    counts: list[int]
+    deadlines: list[float]
+    shadow: int = -1
+
+
+class Skip(msgspec.Struct, array_like=True, frozen=True, tag="skip"):
+    """A member that was not computed, since nobody waits for it any more."""
+
+
+class Answered(msgspec.Struct, array_like=True, frozen=True, tag="answered"):
+    """A member's outcome, and how many of the batch's payloads are its own; its indices begin at 0."""
+
+    outcome: Outcome
+    count: int
+
+
+class FaultRecord(msgspec.Struct, array_like=True, frozen=True, tag="fault"):
+    """A `faults.Fault` on its way to the front; `traceback` is for the log only."""
+
+    reason: str
+    message: str
+    field: str = ""
+    retry_after: float | None = None
+    traceback: str = ""
+
+
+class BatchOutcome(msgspec.Struct, array_like=True, tag="batch_outcome"):
+    """What a batch came to.
+
+    members: in the batch's order.
+    merged: how many of them were computed in one; the others were computed alone.
+    refused: why this model's requests must not be merged any more; empty: nothing stands against it.
+    splits: how often the rows had to be split because memory ran out.
+    """
+
+    members: list[Answered | FaultRecord | Skip]
+    merged: int
+    refused: str = ""
+    splits: int = 0
+    timings: dict[str, float] = {}
 
 
 class SpecRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -133,6 +189,21 @@ class OrdersRecord(msgspec.Struct, array_like=True, frozen=True):
     evidence: str
 
 
+class BatchRecord(msgspec.Struct, array_like=True, frozen=True):
+    """How requests for a model may be merged.
+
+    max_rows: rows of one merged computation at most; 0: none is ever merged.
+    max_bytes: bytes of its input tensors at most.
+    max_delay: seconds that a request may wait for others while a worker is free.
+    evidence: how row-independence is known, or why nothing is merged, for people.
+    """
+
+    max_rows: int = 0
+    max_bytes: int = 0
+    max_delay: float = 0.0
+    evidence: str = "no batch axis is declared"
+
+
 class Signature(msgspec.Struct, array_like=True):
     """What a worker tells of a model it holds."""
 
@@ -147,13 +218,8 @@ class Signature(msgspec.Struct, array_like=True):
     orders: OrdersRecord
     device: str
     parameter_count: int
-
-
-class FaultRecord(msgspec.Struct, array_like=True, frozen=True):
-    """A `faults.Fault` on its way to the front; `traceback` is for the log only."""
-
-    reason: str
-    message: str
-    field: str = ""
-    retry_after: float | None = None
-    traceback: str = ""
+    batch: BatchRecord = BatchRecord()
+    #: Seconds of computing after which a call costs its worker; None: the server's own limit.
+    hard_timeout: float | None = None
+    #: What a compiled plan covers, or why there is none although one was asked for; empty: none was asked for.
+    plan: str = ""

@@ -12,7 +12,7 @@ import numpy as np
 
 from pullback_server.fleet.seam import Buffer
 from pullback_server.ipc.layout import place
-from pullback_server.job import Outcome
+from pullback_server.job import BatchOutcome, Outcome
 from pullback_server.ops import SessionOutcome
 
 
@@ -50,7 +50,7 @@ class LocalReply:
 
     def __init__(
         self,
-        outcome: Outcome | SessionOutcome,
+        outcome: Outcome | BatchOutcome | SessionOutcome,
         lengths: Sequence[int],
         memory: memoryview | Lease,
         timings: Mapping[str, float],

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from pullback_server.job import Job, Outcome, Signature
+from pullback_server.job import Batch, BatchOutcome, Job, Outcome, Signature
 from pullback_server.ops import SessionJob, SessionOutcome
 
 Buffer = bytes | bytearray | memoryview
@@ -43,7 +43,7 @@ class WorkerLost(Exception):
 class Reply(Protocol):
     """A computed job. The payloads may be views of shared memory: leave the context when they have been copied."""
 
-    outcome: Outcome | SessionOutcome
+    outcome: Outcome | BatchOutcome | SessionOutcome
     payloads: Sequence[Buffer]
     #: Seconds by stage, measured by the fleet: "transfer" (bytes to and from the worker), "compute".
     timings: Mapping[str, float]
@@ -133,7 +133,7 @@ class Worker(Protocol):
     def outstanding(self) -> int:
         """Jobs sent and not yet answered (abandoned ones included until the worker has passed over them)."""
 
-    async def run(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> Reply:
+    async def run(self, job: Job | Batch, payloads: Sequence[Buffer], deadline: float) -> Reply:
         """Computes one job.
 
         payloads: the bytes of the job's tensors by index; the caller keeps them unchanged until this returns.

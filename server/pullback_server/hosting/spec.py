@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from pullback_server.hosting.options import Options
 from pullback_wire.dtypes import dtype_number
 
 #: Name of a model: what fits a metric label, a URL path and a directory.
@@ -62,6 +63,7 @@ class Registration:
     inputs: specs by input name; what is not named here takes any dtype and shape.
     outputs: names for the outputs of a tuple-returning model, in order.
     batch_axis: the axis along which rows are independent of each other; None: not declared.
+    options: how it is run.
     """
 
     name: str
@@ -72,8 +74,13 @@ class Registration:
     inputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     outputs: tuple[str, ...] | None = None
     batch_axis: int | None = None
+    options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
+        if self.batch_axis is None and self.options.micro_batch is not None:
+            raise ValueError(f"model {self.name!r}: micro_batch needs a batch_axis")
+        if self.batch_axis is not None and self.batch_axis < 0:
+            raise ValueError(f"model {self.name!r}: batch_axis is {self.batch_axis}, expected 0 or more")
         if not _NAME.fullmatch(self.name):
             raise ValueError(
                 f"model name {self.name!r}: expected letters, digits, '.', '_' and '-', at most 128, "
@@ -98,17 +105,24 @@ def model(
     version: str = "1",
     description: str | None = None,
     kind: Literal["auto", "factory", "function"] = "auto",
+    **options: Any,
 ) -> Callable[[F], F]:
     """Registers a factory that returns an nn.Module, or a plain function of tensors, as a model.
 
     The decorated object is returned as it was. `description` defaults to its docstring's first line. See
-    `Registration` for the arguments.
+    `Registration` for the arguments, and `Options` for the others: batching, compile, autocast, checkpoint,
+    micro_batch, hard_timeout, devices, replicas.
 
     Raises ValueError or TypeError for arguments that cannot be.
     """
     if not isinstance(name, str):
         # Without parentheses, nothing would be registered, and nobody told.
         raise TypeError('@model needs the model\'s name: @model("name")')
+
+    try:
+        chosen = Options(**options)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from None
 
     def register(target: F) -> F:
         text = description if description is not None else (getattr(target, "__doc__", None) or "").strip()
@@ -121,6 +135,7 @@ def model(
             inputs=dict(inputs or {}),
             outputs=None if outputs is None else tuple(outputs),
             batch_axis=batch_axis,
+            options=chosen,
         )
         try:
             setattr(target, _ATTRIBUTE, (*registrations_of(target), registration))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pullback_server.job import FaultRecord, Job, Outcome, Signature
+from pullback_server.job import Batch, BatchOutcome, FaultRecord, Job, Outcome, Signature
 from pullback_server.ops import SessionJob, SessionOutcome
 
 
@@ -43,6 +43,12 @@ class Setup(msgspec.Struct, array_like=True, tag="setup"):
     path: list[str]
     #: Idle segment bytes that the worker may hold on to.
     idle_bytes: int
+    #: Names of all workers, in order, so that each can tell which models are placed on it.
+    workers: list[str] = []
+    #: Bytes that the worker may allocate besides its models; None: what the machine or device has.
+    memory_bytes: int | None = None
+    #: torch.set_float32_matmul_precision: "highest" (IEEE), "high" (TF32), "medium" (bfloat16).
+    float32_precision: str = "highest"
 
 
 class Run(msgspec.Struct, array_like=True, tag="run"):
@@ -54,7 +60,7 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     """
 
     id: int
-    job: Job | SessionJob
+    job: Job | Batch | SessionJob
     deadline: float
     lengths: list[int]
     slot: Slot | None
@@ -75,9 +81,10 @@ class EndSession(msgspec.Struct, array_like=True, tag="end_session"):
 
 
 class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
-    """Do not begin this job if it has not begun."""
+    """Do not begin this job if it has not begun; of a batch (member >= 0) that member only."""
 
     id: int
+    member: int = -1
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
@@ -99,7 +106,7 @@ class Done(msgspec.Struct, array_like=True, tag="done"):
 
     id: int
     kept: bool
-    outcome: Outcome | SessionOutcome
+    outcome: Outcome | BatchOutcome | SessionOutcome
     compute: float
     lengths: list[int]
     slot: Slot | None
