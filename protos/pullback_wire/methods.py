@@ -46,3 +46,8 @@ GRADIENT_METHODS: dict[str, Method] = _unary_methods(gradient, "GradientService"
 MODEL_METHODS: dict[str, Method] = _unary_methods(model, "ModelService")
 #: SessionService's full name; its one method is a stream, "Session".
 SESSION_SERVICE: str = session.DESCRIPTOR.services_by_name["SessionService"].full_name
+
+#: Metadata key: whom a call is counted for; without it, its connection.
+CALLER_KEY = "pullback-caller"
+#: Metadata key: "high" (before the same caller's other calls, and with a larger share) or "normal".
+PRIORITY_KEY = "pullback-priority"

@@ -12,7 +12,7 @@ from pullback_server.fleet import LocalFleet
 from pullback_server.hosting import Registration
 from pullback_server.job import Signature
 from pullback_server.rpc import Front, FrontOptions
-from pullback_server.scheduling import Limits, Scheduler
+from pullback_server.scheduling import Limits, Policy, Scheduler, Tally
 from pullback_server.telemetry import Endpoint, Metrics, Vitals
 from pullback_wire.malloc import pin_malloc
 
@@ -33,6 +33,9 @@ class App:
             devices=config.devices,
             threads=config.threads,
             load_timeout=config.load_timeout,
+            hard_timeout=config.hard_timeout,
+            memory_bytes=config.worker_memory_bytes,
+            float32_precision=config.float32_precision,
         )
         self._metrics = Metrics()
         self._vitals = Vitals()
@@ -62,11 +65,13 @@ class App:
             self._endpoint = Endpoint(config.host, config.metrics_port, self._metrics.registry, self._vitals)
             self._vitals.reason = "loading models"
             await self._fleet.start()
-            scheduler = Scheduler(self._fleet, Limits(config.max_calls, config.max_bytes))
+            scheduler = Scheduler(self._fleet, _policy(config), _Tally(self._metrics))
             self._metrics.watch(
                 queued=lambda: scheduler.queued,
+                oldest=lambda: scheduler.oldest,
                 bytes_in_flight=lambda: scheduler.bytes,
                 restarts=lambda: self._fleet.restarts,
+                passed_over=lambda: self._fleet.passed_over,
                 workers=lambda: Counter(worker.state.value for worker in self._fleet.workers),
                 sessions=lambda: sum(len(worker.seats) for worker in self._fleet.workers),
                 handles=lambda: sum(seat.live for worker in self._fleet.workers for seat in list(worker.seats)),
@@ -116,6 +121,40 @@ class App:
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics, workers: %s",
                     self._config.host, self.port, self._config.host, self.metrics_port,
                     ", ".join(worker.name for worker in self._fleet.workers))  # fmt: skip
+
+
+def _policy(config: Config) -> Policy:
+    limits = Limits(
+        calls=config.max_calls,
+        bytes=config.max_bytes,
+        model_calls=config.max_model_calls,
+        model_bytes=config.max_model_bytes,
+        caller_calls=config.max_caller_calls,
+        caller_bytes=config.max_caller_bytes,
+        queue_seconds=config.max_queue_seconds,
+    )
+    return Policy(limits, config.caller_weights, config.batching, config.shadow_share, config.quarantine_seconds)
+
+
+class _Tally(Tally):
+    """What scheduling has to tell, as metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def batch(self, model: str, rows: int, computed: int, alone: int) -> None:
+        self._metrics.batch_rows.labels(model).observe(rows)
+        self._metrics.merged_calls.labels(model).inc(computed)
+        self._metrics.unmerged_calls.labels(model).inc(alone)
+
+    def split(self, model: str, times: int) -> None:
+        self._metrics.memory_splits.labels(model).inc(times)
+
+    def dropped(self, where: str) -> None:
+        self._metrics.dropped_calls.labels(where).inc()
+
+    def killed(self, model: str, why: str) -> None:
+        self._metrics.worker_deaths.labels(model, why).inc()
 
 
 def _sentence(signature: Signature) -> str:

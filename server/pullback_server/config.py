@@ -41,6 +41,43 @@ class Config(BaseSettings):
     )
     max_calls: int = Field(1024, ge=1, description="calls in flight; more are refused with OVERLOADED")
     max_bytes: int = Field(4 << 30, ge=1, description="tensor bytes in flight; more are refused with OVERLOADED")
+    max_model_calls: int | None = Field(None, ge=1, description="calls in flight for one model [default: no limit]")
+    max_model_bytes: int | None = Field(
+        None, ge=1, description="tensor bytes in flight for one model [default: no limit]"
+    )
+    max_caller_calls: int | None = Field(None, ge=1, description="calls in flight of one caller [default: no limit]")
+    max_caller_bytes: int | None = Field(
+        None, ge=1, description="tensor bytes in flight of one caller [default: no limit]"
+    )
+    max_queue_seconds: float | None = Field(
+        None, gt=0, description="longest a call may wait for a worker [default: until its deadline]"
+    )
+    caller_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="shares of the workers' time by caller (metadata pullback-caller), 1 for those not named; "
+        "JSON, or caller=weight",
+    )
+    batching: bool = Field(True, description="merge requests of several callers, where a model's rows are independent")
+    shadow_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of merged computations of which one member is computed alone as well, and compared",
+    )
+    hard_timeout: float = Field(
+        600.0, gt=0, description="seconds of computing after which a call costs its worker, unless its model says"
+    )
+    quarantine_seconds: float = Field(
+        300.0, ge=0, description="for how long a call that has killed two workers is refused"
+    )
+    worker_memory_bytes: int | None = Field(
+        None, ge=1 << 20, description="bytes a worker may allocate besides its models [default: what the device has]"
+    )
+    float32_precision: str = Field(
+        "highest",
+        pattern="^(highest|high|medium)$",
+        description="of float32 matrix products: highest (IEEE), high (TF32 on CUDA) or medium (bfloat16)",
+    )
     max_cotangents: int = Field(4096, ge=1, description="cotangents in one batched call")
     max_call_seconds: float = Field(600.0, gt=0, description="longest a call may take, whatever deadline it brings")
     session_bytes: int | None = Field(

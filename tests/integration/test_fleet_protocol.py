@@ -57,7 +57,7 @@ class Front:
         self.ended = asyncio.Event()
         self.room = 0
         self.channel = Channel(sock, self._take, self.ended.set)
-        self.jobs = Jobs("w", self.channel, copier, 8 << 20, self._on_room)
+        self.jobs = Jobs("w", self.channel, copier, 8 << 20, self._on_room, lambda _: 600.0, lambda _: None)
 
     def _take(self, frame: Frame) -> None:
         self.jobs.take(messages.decode_to_front(frame.message), frame)

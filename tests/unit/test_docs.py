@@ -25,8 +25,10 @@ def test_metrics_table() -> None:
     metrics = Metrics()
     metrics.watch(
         queued=lambda: 0,
+        oldest=lambda: 0,
         bytes_in_flight=lambda: 0,
         restarts=lambda: 0,
+        passed_over=lambda: 0,
         workers=dict,
         sessions=lambda: 0,
         handles=lambda: 0,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pullback_server.engine import Engine
-from pullback_server.hosting.loading import LoadError, check_unique, load_source
+from pullback_server.hosting.loading import LoadError, check_unique, load_source, place
 from pullback_server.hosting.spec import Registration
 from pullback_server.ipc.lifeline import tie_to_parent
 from pullback_server.ipc.messages import Setup
@@ -86,7 +86,8 @@ def load_models(engine: Engine, setup: Setup) -> list[Signature]:
     if not found:
         raise LoadError("there is no model to serve")
     check_unique(registration for _, registration in found)
-    signatures = [_load(engine, source, registration) for source, registration in found]
+    mine = place([registration for _, registration in found], setup.workers or [setup.name])[setup.name]
+    signatures = [_load(engine, source, registration) for source, registration in found if registration in mine]
     # Every process starts torch at one and the same seed, which suits loading; but two workers' dropout must differ.
     torch.seed()
     return signatures

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -15,6 +16,8 @@ from pullback_server.engine._names import unknown_name
 from pullback_server.engine.flatten import flatten
 from pullback_server.engine.guards import Randomness, Witness
 from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.modes import BuffersWritten
+from pullback_server.engine.plan import Variant
 from pullback_server.faults import Fault
 from pullback_server.job import Job, TensorRef, Wrt
 from pullback_wire import Reason
@@ -38,6 +41,10 @@ class Forward:
 
 
 Wrap = Callable[[int, torch.Tensor], torch.Tensor]
+
+_AS_IT_IS = contextlib.nullcontext()
+#: What a call ends with where a compiled backward fails, among others.
+_PERHAPS_THE_PLAN = (Reason.MODEL_ERROR, Reason.NOT_DIFFERENTIABLE)
 
 
 def _leaf(_: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -76,19 +83,36 @@ class Call:
         self._randomness = Randomness(job.seed, self.device, not hosted.stock)
         #: Takes back what the latest forward changed in the module; it stays until the derivatives are computed.
         self._undo: list[Callable[[], None]] = []
+        #: The compiled code that the latest forward ran; None: it ran as it is written.
+        self._variant: Variant | None = None
         self.timings["copy_in"] = time.perf_counter() - begin
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> Self:
         self._randomness.begin()
         if self.job.train:
             self._leave_training = self.hosted.enter_training()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._take_back()
         if self.job.train:
             self._leave_training()
         self._randomness.end()
+        self._judge_plan(error)
+
+    def _judge_plan(self, error: BaseException | None) -> None:
+        """After a call: whether the compiled plan is at fault for what went wrong. Raises Again to find out."""
+        plan = self.hosted.plans
+        if plan is None or plan.warming or isinstance(error, (Again, WritesInputs)):
+            return
+        if plan.suspect:
+            why, plan.suspect = plan.suspect, ""
+            # As it is written the model did it; otherwise the error is its own.
+            if error is None:
+                self.hosted.drop_plan(why)
+        elif self._variant is not None and isinstance(error, Fault) and error.reason in _PERHAPS_THE_PLAN:
+            plan.suspect = error.message
+            raise Again from error
 
     def _take_back(self) -> None:
         while self._undo:
@@ -199,6 +223,13 @@ class Call:
             for name, tensor in swaps.items():
                 tensor.requires_grad_(hosted.natural[name])
         stand: list[torch.Tensor] = []
+        variant = None if wrap or watch or swaps or natural else self._compiled()
+        if variant is not None:
+            inputs = {
+                name: _leaf(0, tensor) if f"input:{name}" in variant.requiring else tensor
+                for name, tensor in inputs.items()
+            }
+            requiring = {name: f"param:{name}" in variant.requiring for name in hosted.parameters}
         if job.wrt:
             inputs, targets = dict(inputs), dict(targets)
             for index, wrt in enumerate(job.wrt):
@@ -210,26 +241,65 @@ class Call:
             self._undo.append(hosted.let_require_grad(requiring))
         self._randomness.restart()
         self.forwards += 1
+        self._variant = None
         arguments, keywords = hosted.binding.arrange(inputs)
         witness = Witness()
         try:
-            if watch:
-                with witness.watching():
+            with hosted.precision(), witness.watching() if watch else _AS_IT_IS:
+                if variant is None:
                     result = hosted.code(*arguments, **keywords)
-            else:
-                result = hosted.code(*arguments, **keywords)
+                else:
+                    result = self._run_compiled(variant, arguments, keywords)
         except BaseException as error:
-            if not out_of_memory(error):
+            if not (out_of_memory(error) or isinstance(error, Again)):
                 self._explain(error, natural)
             # There may be a second attempt.
             self._check_untouched()
             raise
         self._check_untouched()
-        outputs = flatten(result, hosted.registration.outputs, hosted.owner)
-        if self.loss is not None:
-            outputs = {"loss": self.loss.apply(outputs, targets, hosted.owner)}
+        found = flatten(result, hosted.registration.outputs, hosted.owner)
+        if variant is not None and hosted.plans is not None:
+            found, undo = hosted.plans.kept(found, stand)
+            self._undo += undo
+        outputs = self.composed(found, targets)
+        self._variant = variant
         self.timings["forward"] = self.timings.get("forward", 0.0) + time.perf_counter() - begin
         return Forward(outputs, stand, witness)
+
+    def _compiled(self) -> Variant | None:
+        """The compiled code that can compute this call, for a forward with nothing in the module's place."""
+        job, hosted = self.job, self.hosted
+        if hosted.plans is None or job.kind not in ("evaluate", "vjp") or job.batched or job.train:
+            return None
+        if self.copies or hosted.writes_buffers:
+            return None
+        wanted = [f"{wrt.place}:{wrt.name}" for wrt in job.wrt if wrt.place != "target"]
+        return hosted.plans.find(self.inputs, wanted)
+
+    def _run_compiled(self, variant: Variant, arguments: list[torch.Tensor], keywords: dict[str, torch.Tensor]) -> Any:
+        """Raises Again to have the call computed as the model is written, where the compiled code raised."""
+        plan = self.hosted.plans
+        assert plan is not None
+        try:
+            return plan.run(variant, arguments, keywords)
+        except Exception as error:
+            if plan.warming or out_of_memory(error):
+                raise
+            plan.suspect = f"{type(error).__name__}: {text_of(error)}"
+            raise Again from error
+
+    def composed(
+        self, outputs: dict[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the function returns, from what the model returned. Raises Fault."""
+        if self.loss is None:
+            return outputs
+        try:
+            return {"loss": self.loss.apply(outputs, targets, self.hosted.owner)}
+        except Fault as fault:
+            if fault.__cause__ is not None and out_of_memory(fault.__cause__):
+                raise fault.__cause__ from None
+            raise
 
     def _stand_in(
         self,
@@ -284,6 +354,8 @@ class Call:
                 hosted.writes_inputs = True
                 raise WritesInputs(f"{hosted.owner} writes into its inputs") from error
             self._check_untouched()
+        if isinstance(error, BuffersWritten):
+            raise self.rerun() from error
         if isinstance(error, RuntimeError) and "does not require grad" in text and not natural:
             hosted.needs_natural = True
             raise self.rerun() from error
@@ -300,9 +372,16 @@ def text_of(error: BaseException) -> str:
         return f"(its message cannot be shown: {type(another).__name__})"
 
 
+#: What is said where memory ran out: by torch's own allocator, by C++, and by the libraries that torch calls.
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on whatever device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text_of(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = text_of(error)
+    return any(part in text for part in _NO_MEMORY)
 
 
 def model_error(owner: str, error: BaseException) -> Fault:

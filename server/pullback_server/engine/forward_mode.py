@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ from pullback_wire import Reason
 
 def jvp(call: Call, results: Results) -> EngineResult:
     """outputs, J t."""
+    moved = movement(call)
+    begin = time.perf_counter()
+    outputs, pushed = push(call, moved, results.check_size)
+    finish_jvp(results, outputs, pushed)
+    call.timings["forward"] = time.perf_counter() - begin
+    return results.finish()
+
+
+def movement(call: Call) -> dict[int, torch.Tensor]:
+    """The tangents of a JVP, by the index in `wrt` of what they move: of all of it. Raises Fault."""
     if not call.job.wrt:
         raise Fault(Reason.BAD_NAME, "tangents are missing: nothing moves", "tangents")
     moved = tangents(call)
@@ -29,22 +39,29 @@ def jvp(call: Call, results: Results) -> EngineResult:
         raise Fault(
             Reason.ORDER_UNAVAILABLE, f"{call.hosted.owner} has no JVP{call.hosted.no_jvp.replace('; no JVP', '')}"
         )
-    begin = time.perf_counter()
-    found = _forward_mode(call, moved) if call.hosted.forward_mode and not hooked(call) else None
-    if found is None:
-        fw = call.forward(watch=True)
-        results.check_size(fw.outputs, [t for t in fw.outputs.values() if t.requires_grad])
-        outputs, pushed = fw.outputs, push_twice(call, fw, moved)
-    else:
-        outputs, pushed = found
-        results.check_size(outputs, [t for t in pushed.values() if t is not None])
-    results.outcome.gradients = [results.grad(name, tangent) for name, tangent in pushed.items()]
-    results.add_outputs(outputs)
-    call.timings["forward"] = time.perf_counter() - begin
-    return results.finish()
+    return moved
 
 
 Pushed = tuple[dict[str, torch.Tensor], dict[str, "torch.Tensor | None"]]
+CheckSize = Callable[[dict[str, torch.Tensor], Sequence[torch.Tensor]], None]
+
+
+def push(call: Call, moved: Mapping[int, torch.Tensor], check_size: CheckSize) -> Pushed:
+    """outputs, J t by output. `check_size` is told of the outputs, and of what is like the tangents. Raises Fault."""
+    found = _forward_mode(call, moved) if call.hosted.forward_mode and not hooked(call) else None
+    if found is None:
+        fw = call.forward(watch=True)
+        check_size(fw.outputs, [t for t in fw.outputs.values() if t.requires_grad])
+        return fw.outputs, push_twice(call, fw, moved)
+    outputs, pushed = found
+    check_size(outputs, [t for t in pushed.values() if t is not None])
+    return outputs, pushed
+
+
+def finish_jvp(results: Results, outputs: dict[str, torch.Tensor], pushed: Mapping[str, torch.Tensor | None]) -> None:
+    """Fills in a JVP's results."""
+    results.outcome.gradients = [results.grad(name, tangent) for name, tangent in pushed.items()]
+    results.add_outputs(outputs)
 
 
 def _forward_mode(call: Call, moved: Mapping[int, torch.Tensor]) -> Pushed | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import logging
 import types
 import weakref
 import zlib
@@ -16,11 +18,15 @@ from torch import nn
 from pullback_server.engine._dtypes import WIRE
 from pullback_server.engine.binding import bind
 from pullback_server.engine.guards import Randomness
+from pullback_server.engine.modes import autocast, autocast_dtype, checkpoint_modules
+from pullback_server.engine.plan import Plan
 from pullback_server.engine.reach import Reference, references
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.job import OrdersRecord, SpecRecord
 from pullback_wire.dtypes import dtype_number
+
+_log = logging.getLogger(__name__)
 
 _COMPILED = "_orig_mod."
 
@@ -39,6 +45,8 @@ class HostedModel:
         self.registration = registration
         self.owner = f"model {registration.name!r}"
         self.device = device
+        #: What its forward is cast to; None: nothing is.
+        self.autocast = autocast_dtype(registration, device)
         self.code: Callable[..., Any] = target
         self.module = target if isinstance(target, nn.Module) else None
         self.binding = bind(registration, _forward(target))
@@ -74,8 +82,8 @@ class HostedModel:
         self.needs_natural = False
         #: Circumstances (tape_model) in which a call was seen to leave its inputs as they were.
         self.spared: set[Any] = set()
-        #: Learned: its graphs hold on to modules, to run them again in the backward.
-        self.recomputes = False
+        #: Learned, or so by its options: its graphs hold on to modules, to run them again in the backward.
+        self.recomputes = bool(registration.options.checkpoint)
         #: Parameters that its code may find elsewhere than in its modules, and buffers: there others cannot stand in.
         self.kept: dict[str, Reference] = {}
         self.kept_buffers: dict[str, Reference] = {}
@@ -101,6 +109,10 @@ class HostedModel:
         self.seen: set[Any] = set()
         self.orders = OrdersRecord(1, False, "not probed")
         self.outputs: list[SpecRecord] = [SpecRecord(name) for name in registration.outputs or ()]
+        #: What torch.compile made of it; None: nothing, or nothing that could be used.
+        self.plans: Plan | None = None
+        #: That in words; empty: it was not asked for.
+        self.plan = ""
         if self.module is not None:
             self._take_stock(self.module)
         #: cuDNN's recurrent kernels have no backward in eval mode, and none of second order.
@@ -130,7 +142,8 @@ class HostedModel:
             for child, key in self._places[name]:
                 self._expected.append((child._parameters, key, parameter, parameter._version))
 
-        self.stock = not (self.hooked or self.compiled) and all(map(_is_stock, module.modules()))
+        # A backward that runs modules again must find them as they were, whosever they are.
+        self.stock = not (self.hooked or self.compiled or self.recomputes) and all(map(_is_stock, module.modules()))
         if not self.stock:
             self.kept = references(module, {id(own): name for name, own in self.parameters.items()})
             self.kept_buffers = references(module, {id(buffer): key for _, key, buffer in self._buffers})
@@ -157,6 +170,10 @@ class HostedModel:
         return [(buffer, pristine) for (_, _, buffer), pristine in zip(self._buffers, self._pristine, strict=True)]
 
     # What a call changes for its own time.
+
+    def precision(self) -> contextlib.AbstractContextManager[object]:
+        """Around its forward: autocast, where it was asked for."""
+        return autocast(self.autocast, self.device)
 
     def enter_training(self) -> Callable[[], None]:
         """Train mode, as module.train() makes it. Returns what makes every module as it was."""
@@ -289,7 +306,16 @@ class HostedModel:
             "outputs",
         ):
             setattr(fresh, name, getattr(self, name))
+        if self.plan:
+            # Only such a model is built anew, and other tensors stand for its parameters from now on.
+            fresh.plan = "refused: it writes into its own parameters"
         return fresh
+
+    def drop_plan(self, why: str) -> None:
+        """From now on it runs as it is written."""
+        self.plans = None
+        self.plan = f"dropped: {why}"
+        _log.warning("%s: its compiled plan is dropped: %s", self.owner, why)
 
     def widened(self) -> HostedModel:
         """A copy in double precision, for probing. Raises whatever the model's own copying raises."""
@@ -305,6 +331,8 @@ class HostedModel:
             module = copy.deepcopy(self.module)._apply(widen)  # type: ignore[no-untyped-call]
             twin = HostedModel(self.registration, module, self.device)
             twin.natural = self.natural
+        # Its derivatives are held against differences, which narrow types would drown in rounding.
+        twin.autocast = None
         return twin
 
     def input_records(self) -> list[SpecRecord]:
@@ -370,6 +398,8 @@ def build(registration: Registration, device: torch.device) -> HostedModel:
     if isinstance(target, nn.Module):
         module = copy.deepcopy(target)
     elif registration.kind == "function" or (registration.kind == "auto" and _takes_arguments(target)):
+        if registration.options.checkpoint:
+            raise LoadError(f"{owner}: checkpoint names modules, which a function has none of")
         return HostedModel(registration, target, device)
     else:
         try:
@@ -384,6 +414,7 @@ def build(registration: Registration, device: torch.device) -> HostedModel:
                 'tensors say kind="function"'
             )
     try:
+        checkpoint_modules(registration, module)
         return HostedModel(registration, module.to(device).eval(), device)
     except LoadError:
         raise

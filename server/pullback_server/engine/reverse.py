@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from pullback_server.engine.backward import Rows, check_unused, gradients
-from pullback_server.engine.call import Call
+from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.cotangents import cotangents
 from pullback_server.engine.results import EngineResult, Results
 from pullback_server.faults import Fault
@@ -26,14 +26,21 @@ def vjp(call: Call, results: Results) -> EngineResult:
         found = gradients(call, pull.outputs, fw.wrt, pull.cotangents)
     else:
         found = Rows(call, pull.outputs, fw.wrt)(pull.cotangents)
+    finish_vjp(call, results, fw, found, pull.count)
+    call.timings["backward"] = time.perf_counter() - begin
+    return results.finish()
+
+
+def finish_vjp(
+    call: Call, results: Results, fw: Forward, found: Sequence[torch.Tensor | None], count: int | None = None
+) -> None:
+    """Fills in a VJP's results from its gradients. Raises Fault."""
     check_unused(call, found)
     outcome = results.outcome
     if call.job.max_norm is not None:
-        found, outcome.norms = clip(found, call.job.max_norm, pull.count)
+        found, outcome.norms = clip(found, call.job.max_norm, count)
     outcome.gradients = [results.grad(wrt.label, gradient) for wrt, gradient in zip(call.job.wrt, found, strict=True)]
     results.add_outputs(fw.outputs)
-    call.timings["backward"] = time.perf_counter() - begin
-    return results.finish()
 
 
 def clip(

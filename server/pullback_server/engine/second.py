@@ -9,10 +9,11 @@ import torch
 
 from pullback_server.engine.backward import check_unused, gradients
 from pullback_server.engine.call import Call, Forward, refs_by_name
-from pullback_server.engine.cotangents import check_like, cotangents
+from pullback_server.engine.cotangents import Pull, check_like, cotangents
 from pullback_server.engine.results import EngineResult, Results
 from pullback_server.engine.tripwire import Tripwire
 from pullback_server.faults import Fault
+from pullback_server.job import Job
 from pullback_wire import Reason
 
 
@@ -69,33 +70,46 @@ def hvp(call: Call, results: Results) -> EngineResult:
     """outputs, J^H v, d Re<J^H v, t>/dx and, when asked for, J t."""
     job = call.job
     moved = tangents(call)
-    fw = call.forward(watch=True)
-    pull = cotangents(call, fw)
-    fw = pull.fw
-    extra = pull.cotangents if job.return_cotangent_derivatives else []
-    results.check_size(fw.outputs, [*fw.wrt, *fw.wrt, *extra])
+    pull = cotangents(call, call.forward(watch=True))
+    check_hvp_size(job, results, pull)
     begin = time.perf_counter()
     # A leaf even where two outputs were given one tensor.
     values = [value.detach().requires_grad_() for value in pull.cotangents]
-    found, _ = first_backward(call, fw, pull.outputs, values, proof=True)
+    found, _ = first_backward(call, pull.fw, pull.outputs, values, proof=True)
     check_unused(call, found)
-    derived = along(call, found, moved, [*fw.wrt, *values])
+    finish_hvp(job, results, pull, found, along(call, found, moved, [*pull.fw.wrt, *values]))
+    call.timings["backward"] = time.perf_counter() - begin
+    return results.finish()
+
+
+def check_hvp_size(job: Job, results: Results, pull: Pull) -> None:
+    """Raises Fault (RESULT_TOO_LARGE) before an HVP's derivatives are computed."""
+    extra = pull.cotangents if job.return_cotangent_derivatives else []
+    results.check_size(pull.fw.outputs, [*pull.fw.wrt, *pull.fw.wrt, *extra])
+
+
+def finish_hvp(
+    job: Job,
+    results: Results,
+    pull: Pull,
+    found: Sequence[torch.Tensor | None],
+    derived: Sequence[torch.Tensor | None],
+) -> None:
+    """Fills in an HVP's results. derived: by what `wrt` stands for, then by the cotangents; None: zero."""
     outcome = results.outcome
     labels = [wrt.label for wrt in job.wrt]
     outcome.gradients = [results.grad(label, g) for label, g in zip(labels, found, strict=True)]
-    count = len(fw.wrt)
+    count = len(labels)
     outcome.hvps = [
         results.grad(label, None if gradient is None else torch.zeros_like(stand) if h is None else h)
-        for label, gradient, stand, h in zip(labels, found, fw.wrt, derived[:count], strict=True)
+        for label, gradient, stand, h in zip(labels, found, pull.fw.wrt, derived[:count], strict=True)
     ]
     if job.return_cotangent_derivatives:
         outcome.cotangent_derivatives = [
             results.grad(name, torch.zeros_like(value) if pushed is None else pushed)
-            for name, value, pushed in zip(pull.names, values, derived[count:], strict=True)
+            for name, value, pushed in zip(pull.names, pull.cotangents, derived[count:], strict=True)
         ]
-    results.add_outputs(fw.outputs)
-    call.timings["backward"] = time.perf_counter() - begin
-    return results.finish()
+    results.add_outputs(pull.fw.outputs)
 
 
 #: How far <J^H v, t> and <v, J t> may lie apart, relative to |J t|, by the bytes of a real number.

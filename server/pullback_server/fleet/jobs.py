@@ -14,11 +14,12 @@ from pullback_server.fleet.copying import Copier
 from pullback_server.fleet.reply import Lease, LocalReply
 from pullback_server.fleet.seam import Buffer, WorkerLost
 from pullback_server.fleet.upload import Upload
+from pullback_server.fleet.watchdog import Watchdog, Work
 from pullback_server.ipc import messages
 from pullback_server.ipc.frames import MAX_FDS, Frame
 from pullback_server.ipc.layout import INLINE_LIMIT, place, spaced
 from pullback_server.ipc.segments import Arena, Mappings, Segment
-from pullback_server.job import Job
+from pullback_server.job import Batch, Job
 from pullback_server.ops import SessionJob
 from pullback_wire import Reason
 
@@ -31,9 +32,12 @@ _NOTE_DELAY = 0.05
 class Posted:
     """A job on its way. `transfer`: seconds that writing its bytes took. `uploads`: segments that are its own."""
 
-    __slots__ = ("answer", "number", "segment", "transfer", "uploads")
+    __slots__ = ("answer", "job", "number", "segment", "transfer", "uploads")
 
-    def __init__(self, segment: Segment | None, transfer: float, uploads: Sequence[Segment] = ()) -> None:
+    def __init__(
+        self, job: Job | Batch | SessionJob, segment: Segment | None, transfer: float, uploads: Sequence[Segment] = ()
+    ) -> None:
+        self.job = job
         self.segment = segment
         self.transfer = transfer
         self.uploads = uploads
@@ -46,10 +50,18 @@ class Jobs:
     """Sends jobs over a channel and takes their answers. Belongs to one event loop.
 
     on_room: called when a job has left the worker, be it that nobody waits for it any more.
+    limit_of: seconds that a job may compute. on_overdue: called when one does for longer; the worker is to be ended.
     """
 
     def __init__(
-        self, name: str, channel: Channel, copier: Copier, idle_bytes: int, on_room: Callable[[], None]
+        self,
+        name: str,
+        channel: Channel,
+        copier: Copier,
+        idle_bytes: int,
+        on_room: Callable[[], None],
+        limit_of: Callable[[Work], float],
+        on_overdue: Callable[[float], None],
     ) -> None:
         self._name = name
         self._channel = channel
@@ -65,8 +77,11 @@ class Jobs:
         self._note = messages.Note()
         self._note_timer: asyncio.TimerHandle | None = None
         self._over = False
+        self._watchdog = Watchdog(self._computing, limit_of, on_overdue)
         #: Whether the worker has ever computed a job.
         self.proven = False
+        #: Jobs that were not begun, since their time had passed or nobody waited for them any more.
+        self.passed_over = 0
 
     @property
     def outstanding(self) -> int:
@@ -77,7 +92,11 @@ class Jobs:
         return await self.answer(await self.post(job, views, deadline))
 
     async def post(
-        self, job: Job | SessionJob, views: Sequence[memoryview], deadline: float, uploads: Sequence[Upload] = ()
+        self,
+        job: Job | Batch | SessionJob,
+        views: Sequence[memoryview],
+        deadline: float,
+        uploads: Sequence[Upload] = (),
     ) -> Posted:
         """Sends one job; whoever posts one after the other has them computed in that order.
 
@@ -94,9 +113,9 @@ class Jobs:
         except BaseException:
             self._discard(segments)
             raise
-        call = Posted(segment, time.perf_counter() - began, segments)
+        call = Posted(job, segment, time.perf_counter() - began, segments)
         self._announce(segments)
-        self._send(call, job, views, lengths, deadline, [upload.size for upload in uploads])
+        self._send(call, views, lengths, deadline, [upload.size for upload in uploads])
         return call
 
     async def answer(self, call: Posted) -> LocalReply | messages.Again:
@@ -119,6 +138,16 @@ class Jobs:
         # The answer came in the very turn in which whoever waited went away.
         elif isinstance(answer := call.answer.result(), LocalReply):
             answer.leave()
+
+    def pass_over(self, call: Posted, member: int) -> None:
+        """Nobody waits for a member of a posted batch any more."""
+        if not call.answer.done():
+            self._channel.send(messages.encode(messages.Cancel(call.number, member)))
+
+    def _computing(self) -> tuple[int, Work] | None:
+        """The job that the worker has been at since it answered the one before."""
+        number = next(iter(self._sent), None)
+        return None if number is None else (number, self._sent[number].job)
 
     def upload(self, size: int) -> Upload:
         """Memory of this worker's for `size` bytes that come bit by bit. Raises Fault where there is none."""
@@ -147,7 +176,6 @@ class Jobs:
     def _send(
         self,
         call: Posted,
-        job: Job | SessionJob,
         views: Sequence[memoryview],
         lengths: list[int],
         deadline: float,
@@ -168,7 +196,9 @@ class Jobs:
                 slot = messages.Slot(segment.id, segment.size)
                 fds = (segment.fd,)
                 segment.announced = True
-            message = messages.encode(messages.Run(number, job, deadline, lengths, slot, self._take_note(), uploads))
+            message = messages.encode(
+                messages.Run(number, call.job, deadline, lengths, slot, self._take_note(), uploads)
+            )
             if not self._channel.send(message, tail, fds):
                 raise self._lost(suspect=False)
         except BaseException:
@@ -176,6 +206,8 @@ class Jobs:
             self._discard(call.uploads)
             raise
         call.number = number
+        if not self._sent:
+            self._watchdog.begin()
         self._sent[number] = call
 
     async def _write(self, views: Sequence[memoryview], size: int) -> Segment:
@@ -217,6 +249,7 @@ class Jobs:
             case messages.Again(id, kept):
                 self._resolve(id, kept, message)
             case messages.Skipped(id):
+                self.passed_over += 1
                 self._resolve(id, False, _expired())
             case messages.Note(dropped=dropped):
                 for number in dropped:
@@ -224,19 +257,21 @@ class Jobs:
             case _:
                 raise ValueError(f"a loaded worker does not say {type(message).__name__}")
 
-    def end(self, suspect: bool) -> None:
+    def end(self, suspect: bool, overdue: float | None = None) -> None:
         """The worker is gone: gives its memory back and tells those who wait.
 
         suspect: whether the job that the worker was computing may be the cause.
+        overdue: the seconds for which it had computed, where the worker was ended for that.
         """
         self._over = True
+        self._watchdog.end()
         if self._note_timer is not None:
             self._note_timer.cancel()
         self._arena.close()
         self._mappings.clear()
         for number in list(self._sent):
-            self._resolve(number, False, self._lost(suspect))
-            suspect = False
+            self._resolve(number, False, self._lost(suspect) if overdue is None else _too_long(overdue))
+            suspect, overdue = False, None
 
     def _reply(self, done: messages.Done, call: Posted, frame: Frame) -> LocalReply:
         memory: memoryview | Lease = memoryview(frame.tail)
@@ -255,6 +290,8 @@ class Jobs:
 
     def _resolve(self, number: int, kept: bool, answer: LocalReply | messages.Again | Fault | WorkerLost) -> None:
         call = self._sent.pop(number)
+        if self._sent:
+            self._watchdog.begin()
         self._discard(call.uploads)
         if kept and call.segment is not None:
             self._arena.discard(call.segment)
@@ -306,6 +343,10 @@ def as_views(payloads: Sequence[Buffer]) -> list[memoryview]:
     """Payloads as flat views of bytes."""
     views = [memoryview(payload) for payload in payloads]
     return [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in views]
+
+
+def _too_long(seconds: float) -> WorkerLost:
+    return WorkerLost(f"it computed for {seconds:.1f} s, which is its hard limit", suspect=True, overdue=True)
 
 
 def _expired() -> Fault:

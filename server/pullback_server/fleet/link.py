@@ -15,9 +15,10 @@ from pullback_server.fleet.process import Process, Spawner
 from pullback_server.fleet.reply import LocalReply
 from pullback_server.fleet.seam import StartError, WorkerLost
 from pullback_server.fleet.upload import Upload
+from pullback_server.fleet.watchdog import Work
 from pullback_server.ipc import messages
 from pullback_server.ipc.frames import Frame
-from pullback_server.job import Job, Signature
+from pullback_server.job import Batch, Job, Signature
 from pullback_server.ops import SessionJob
 
 _log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Link:
     """A worker process and the front's end of everything shared with it. Belongs to one event loop, and starts once.
 
     on_lost: called when the worker can take no more jobs, before the jobs it had are told.
-    on_room: see `Jobs`.
+    on_room, limit_of: see `Jobs`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Link:
         copier: Copier,
         on_lost: Callable[[], None],
         on_room: Callable[[], None],
+        limit_of: Callable[[Work], float],
     ) -> None:
         self._setup = setup
         self._name = setup.name
@@ -43,7 +45,8 @@ class Link:
         loop = asyncio.get_running_loop()
         ours, self._theirs = socket.socketpair()
         self._channel = Channel(ours, self._on_frame, self._end)
-        self._jobs = Jobs(setup.name, self._channel, copier, setup.idle_bytes, on_room)
+        self._jobs = Jobs(setup.name, self._channel, copier, setup.idle_bytes, on_room, limit_of, self._end_overdue)
+        self._overdue: float | None = None
         self._spawning: asyncio.Task[None] | None = None
         self._process: Process | None = None
         self._loaded: asyncio.Future[messages.Loaded | messages.LoadFailed | None] = loop.create_future()
@@ -115,7 +118,11 @@ class Link:
         return self._jobs.run(job, views, deadline)
 
     def post(
-        self, job: Job | SessionJob, views: Sequence[memoryview], deadline: float, uploads: Sequence[Upload]
+        self,
+        job: Job | Batch | SessionJob,
+        views: Sequence[memoryview],
+        deadline: float,
+        uploads: Sequence[Upload] = (),
     ) -> Coroutine[Any, Any, Posted]:
         """See `Jobs.post`. Raises WorkerLost at once when the worker is not there."""
         self._check_alive()
@@ -128,6 +135,14 @@ class Link:
     def abandon(self, posted: Posted) -> None:
         """See `Jobs.abandon`."""
         self._jobs.abandon(posted)
+
+    def pass_over(self, posted: Posted, member: int) -> None:
+        """See `Jobs.pass_over`."""
+        self._jobs.pass_over(posted, member)
+
+    @property
+    def passed_over(self) -> int:
+        return self._jobs.passed_over
 
     def upload(self, size: int) -> Upload:
         """See `Jobs.upload`. Raises WorkerLost when the worker is not there."""
@@ -171,7 +186,14 @@ class Link:
         self._on_lost()
         if not self.lost.done():
             self.lost.set_result(None)
-        self._jobs.end(suspect=not self._blameless)
+        self._jobs.end(not self._blameless, self._overdue)
+
+    def _end_overdue(self, seconds: float) -> None:
+        _log.error(
+            "worker %s has computed one job for %.1f s, which is its hard limit; it is ended", self._name, seconds
+        )
+        self._overdue = seconds
+        self._end()
 
     def _exited(self) -> None:
         try:

@@ -16,10 +16,11 @@ from pullback_server.fleet.link import Link
 from pullback_server.fleet.process import Spawner
 from pullback_server.fleet.seam import StartError
 from pullback_server.fleet.signatures import Signatures, by_name, check_equal, weakest
+from pullback_server.fleet.watchdog import Work
 from pullback_server.fleet.worker import LocalWorker
 from pullback_server.hosting.spec import Registration
 from pullback_server.ipc import messages
-from pullback_server.job import Signature
+from pullback_server.job import Batch, Job, Signature
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class LocalFleet:
     threads: of torch, per worker; None: OMP_NUM_THREADS, else a fair share of the cores.
     load_timeout: seconds a worker may take to load all models.
     idle_bytes: of shared memory that each worker, and the front for each worker, keeps for the next job.
+    hard_timeout: seconds of computing after which a job costs its worker, where its model says nothing else.
+    memory_bytes, float32_precision: see `messages.Setup`.
     """
 
     def __init__(
@@ -43,6 +46,9 @@ class LocalFleet:
         threads: int | None = None,
         load_timeout: float = 600.0,
         idle_bytes: int = 256 << 20,
+        hard_timeout: float = 600.0,
+        memory_bytes: int | None = None,
+        float32_precision: str = "highest",
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self._sources = list(sources)
@@ -51,6 +57,9 @@ class LocalFleet:
         self._threads = threads
         self._load_timeout = load_timeout
         self._idle_bytes = idle_bytes
+        self._hard_timeout = hard_timeout
+        self._memory_bytes = memory_bytes
+        self._float32_precision = float32_precision
         self._workers: list[LocalWorker] = []
         #: Every process of which something may be left.
         self._links: set[Link] = set()
@@ -71,6 +80,10 @@ class LocalFleet:
     @property
     def restarts(self) -> int:
         return sum(worker.restarts for worker in self._workers)
+
+    @property
+    def passed_over(self) -> int:
+        return sum(worker.passed_over for worker in self._workers)
 
     async def start(self) -> None:
         if not self._sources and not self._registrations:
@@ -110,28 +123,51 @@ class LocalFleet:
         # A worker is started without the current directory in its path, where a module may well be.
         path = [*sys.path, str(Path.cwd())]
         self._setups = {
-            name: messages.Setup(name, device, threads, self._sources, registrations, path, self._idle_bytes)
+            name: messages.Setup(
+                name,
+                device,
+                threads,
+                self._sources,
+                registrations,
+                path,
+                self._idle_bytes,
+                names,
+                self._memory_bytes,
+                self._float32_precision,
+            )
             for name, device in zip(names, found, strict=True)
         }
         return names
 
-    async def _launch(self, worker: LocalWorker) -> Link:
+    def _limit_of(self, work: Work) -> float:
+        """Seconds that a job may compute."""
+        if isinstance(work, Batch):
+            work = work.members[0]
+        if isinstance(work, Job):
+            limit = self._hard_timeout_of(work.model, work.version)
+            return self._hard_timeout if limit is None else limit
+        # A session's op runs through the graphs of any of its models.
+        return self._hard_timeout
+
+    def _hard_timeout_of(self, model: str, version: str) -> float | None:
+        signature = self._signatures.get(model, {}).get(version)
+        return None if signature is None else signature.hard_timeout
+
+    async def _launch(self, worker: LocalWorker) -> tuple[Link, Signatures]:
         try:
-            link = Link(self._setups[worker.name], self._copier, worker.lost, worker.changed)
+            link = Link(self._setups[worker.name], self._copier, worker.lost, worker.changed, self._limit_of)
         except OSError as error:
             raise StartError(f"worker {worker.name} cannot be started: {error}") from error
         self._links.add(link)
         link.ended.add_done_callback(lambda _: self._links.discard(link))
         theirs = by_name(await link.start(self._spawner, self._load_timeout))
         try:
-            if not self._signatures:
-                self._signatures = theirs
             check_equal(worker.name, theirs, self._signatures)
         except StartError:
             await link.close(0.0)
             raise
         self._signatures = weakest(self._signatures, theirs)
-        return link
+        return link, theirs
 
     def _changed(self) -> None:
         self.on_change()

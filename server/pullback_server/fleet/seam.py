@@ -33,11 +33,13 @@ class WorkerLost(Exception):
     """The worker died before it answered.
 
     suspect: whether this job was the one it was computing, so that the job may be the cause.
+    overdue: whether the worker was ended because it computed this job for longer than the model's hard limit.
     """
 
-    def __init__(self, message: str, suspect: bool) -> None:
+    def __init__(self, message: str, suspect: bool, overdue: bool = False) -> None:
         super().__init__(message)
         self.suspect = suspect
+        self.overdue = overdue
 
 
 class Reply(Protocol):
@@ -82,6 +84,16 @@ class Pending(Protocol):
 
     async def reply(self) -> Reply:
         """Raises Fault, WorkerLost. Cancelling this abandons the op."""
+
+
+class BatchPending(Protocol):
+    """A batch that was sent."""
+
+    async def reply(self) -> Reply:
+        """Raises Fault, WorkerLost. Cancelling this abandons the batch."""
+
+    def pass_over(self, member: int) -> None:
+        """Nobody waits for a member any more: it is not computed, if the batch has not begun."""
 
 
 class Seat(Protocol):
@@ -133,7 +145,7 @@ class Worker(Protocol):
     def outstanding(self) -> int:
         """Jobs sent and not yet answered (abandoned ones included until the worker has passed over them)."""
 
-    async def run(self, job: Job | Batch, payloads: Sequence[Buffer], deadline: float) -> Reply:
+    async def run(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> Reply:
         """Computes one job.
 
         payloads: the bytes of the job's tensors by index; the caller keeps them unchanged until this returns.
@@ -143,6 +155,12 @@ class Worker(Protocol):
 
         Raises Fault (the job failed), WorkerLost.
         """
+
+    async def post(self, batch: Batch, payloads: Sequence[Buffer], deadline: float) -> BatchPending:
+        """Sends a batch; otherwise as `run`, whose reply this one's is."""
+
+    def holds(self, model: str, version: str) -> bool:
+        """Whether it has loaded a version of a model; no version: any."""
 
     @property
     def memory(self) -> int:
@@ -172,6 +190,10 @@ class Fleet(Protocol):
     @property
     def restarts(self) -> int:
         """How many workers have been replaced so far."""
+
+    @property
+    def passed_over(self) -> int:
+        """How many jobs that workers had were not begun, since their time had passed or nobody waited any more."""
 
     async def start(self) -> None:
         """Starts the workers and waits until all of them hold all models. Raises StartError."""

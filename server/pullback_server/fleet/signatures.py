@@ -1,4 +1,4 @@
-"""What all workers must agree on."""
+"""What all workers that hold a model must agree on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pullback_server.fleet.seam import StartError
-from pullback_server.job import OrdersRecord, Signature
+from pullback_server.job import BatchRecord, OrdersRecord, Signature
 
 Signatures = dict[str, dict[str, Signature]]
 
@@ -21,38 +21,43 @@ def by_name(signatures: Sequence[Signature]) -> Signatures:
 
 
 def check_equal(worker: str, theirs: Signatures, known: Signatures) -> None:
-    """Raises StartError when a worker's models differ from what is known in more than device and promised orders.
+    """Raises StartError when a worker holds another model under a name and version that others hold as well.
 
-    The orders are found by numerical probes, which need not come out the same everywhere; see `weakest`.
+    What was found out by probes and timings need not come out the same everywhere; see `weakest`.
     """
-    for name in sorted(known.keys() | theirs.keys()):
-        if {v: _essence(s) for v, s in known.get(name, {}).items()} != {
-            v: _essence(s) for v, s in theirs.get(name, {}).items()
-        }:
-            raise StartError(
-                f"model {name!r} on worker {worker} is not what the others hold; "
-                "does its source give the same model every time, and was it changed meanwhile?"
-            )
+    for name, versions in theirs.items():
+        for version, signature in versions.items():
+            other = known.get(name, {}).get(version)
+            if other is not None and _essence(signature) != _essence(other):
+                raise StartError(
+                    f"model {name!r} on worker {worker} is not what the others hold; "
+                    "does its source give the same model every time, and was it changed meanwhile?"
+                )
 
 
 def weakest(one: Signatures, other: Signatures) -> Signatures:
-    """Signatures that promise only what both do."""
-    return {
-        name: {
-            version: msgspec.structs.replace(signature, orders=_weaker(signature.orders, other[name][version].orders))
-            for version, signature in versions.items()
-        }
-        for name, versions in one.items()
-    }
+    """All signatures of both; what both have promises only what both do."""
+    merged = {name: dict(versions) for name, versions in one.items()}
+    for name, versions in other.items():
+        mine = merged.setdefault(name, {})
+        for version, signature in versions.items():
+            mine[version] = _weaker(mine[version], signature) if version in mine else signature
+    return merged
 
 
 def _essence(signature: Signature) -> Signature:
-    return msgspec.structs.replace(signature, device="", orders=OrdersRecord(0, False, ""))
+    return msgspec.structs.replace(
+        signature, device="", orders=OrdersRecord(0, False, ""), batch=BatchRecord(), plan=""
+    )
 
 
-def _weaker(one: OrdersRecord, other: OrdersRecord) -> OrdersRecord:
+def _weaker(one: Signature, other: Signature) -> Signature:
     def reach(orders: OrdersRecord) -> float:
         return float("inf") if orders.reverse < 0 else orders.reverse
 
-    least = min(one, other, key=reach)
-    return OrdersRecord(least.reverse, one.forward and other.forward, least.evidence)
+    least = min(one.orders, other.orders, key=reach)
+    orders = OrdersRecord(least.reverse, one.orders.forward and other.orders.forward, least.evidence)
+    batch = min(one.batch, other.batch, key=lambda record: record.max_rows)
+    if orders == one.orders and batch == one.batch:
+        return one
+    return msgspec.structs.replace(one, orders=orders, batch=batch)

@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 import msgspec
 
 from pullback_server.faults import Fault
-from pullback_server.fleet.jobs import as_views
+from pullback_server.fleet.jobs import Posted, as_views
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.reply import LocalReply
 from pullback_server.fleet.seam import Buffer, WorkerLost, WorkerState
 from pullback_server.fleet.seat import LocalSeat
+from pullback_server.fleet.signatures import Signatures
 from pullback_server.ipc import messages
-from pullback_server.job import Job
+from pullback_server.job import Batch, Job
 from pullback_wire import Reason
 
 _log = logging.getLogger(__name__)
@@ -28,14 +29,31 @@ _LONGEST_DELAY = 30.0
 #: after its second victim, so waiting longer and longer would not help there.)
 _STABLE = 30.0
 
-Launch = Callable[["LocalWorker"], Awaitable[Link]]
+Launch = Callable[["LocalWorker"], Awaitable[tuple[Link, Signatures]]]
+
+
+class LocalBatch:
+    """See `seam.BatchPending`."""
+
+    def __init__(self, link: Link, posted: Posted) -> None:
+        self._link = link
+        self._posted = posted
+
+    async def reply(self) -> LocalReply:
+        reply = await self._link.answer(self._posted)
+        if isinstance(reply, messages.Again):
+            raise Fault(Reason.INTERNAL, "a model writes into its inputs although they were copied")
+        return reply
+
+    def pass_over(self, member: int) -> None:
+        self._link.pass_over(self._posted, member)
 
 
 class LocalWorker:
     """See `seam.Worker`.
 
     sharers: workers on the same device.
-    launch: starts a process that holds all models, or raises StartError.
+    launch: starts a process that holds the worker's models, and tells their signatures, or raises StartError.
     on_change: called on every change of state, and when a job has left the worker.
     """
 
@@ -51,6 +69,9 @@ class LocalWorker:
         self._supervisor: asyncio.Task[None] | None = None
         #: Models that were seen to write into their inputs: their jobs are sent with `copy_inputs` at once.
         self._writers: set[tuple[str, str, bool]] = set()
+        #: Versions of the models it holds; what a replacement holds is the same.
+        self._models: dict[str, set[str]] = {}
+        self._passed_over = 0
         self._seats: set[LocalSeat] = set()
         self._sessions = 0
 
@@ -88,6 +109,20 @@ class LocalWorker:
         if isinstance(reply, messages.Again):
             raise Fault(Reason.INTERNAL, f"model {job.model!r} writes into its inputs although they were copied")
         return reply
+
+    async def post(self, batch: Batch, payloads: Sequence[Buffer], deadline: float) -> LocalBatch:
+        link = self._link
+        if link is None or self._state is not WorkerState.READY:
+            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        return LocalBatch(link, await link.post(batch, as_views(payloads), deadline))
+
+    def holds(self, model: str, version: str) -> bool:
+        return model in self._models and (not version or version in self._models[model])
+
+    @property
+    def passed_over(self) -> int:
+        """How many jobs were not begun, since their time had passed or nobody waited for them any more."""
+        return self._passed_over + (0 if self._link is None else self._link.passed_over)
 
     @property
     def memory(self) -> int:
@@ -137,7 +172,10 @@ class LocalWorker:
     async def _up(self) -> None:
         began = time.monotonic()
         self._set(WorkerState.STARTING)
-        self._link = await self._launch(self)
+        if self._link is not None:
+            self._passed_over += self._link.passed_over
+        self._link, signatures = await self._launch(self)
+        self._models = {name: set(versions) for name, versions in signatures.items()}
         _log.info("worker %s (pid %s) is ready after %.1f s", self.name, self.pid, time.monotonic() - began)
         # It may have died in the very turn in which it became ready.
         self._set(WorkerState.READY if self._link.alive else WorkerState.DEAD)

@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -65,6 +66,28 @@ def load_source(source: str) -> list[Registration]:
     if not registrations:
         raise LoadError(f'{source}: no model is registered in it; decorate a factory or function with @model("name")')
     return registrations
+
+
+def place(registrations: Sequence[Registration], workers: Sequence[str]) -> dict[str, list[Registration]]:
+    """Which worker holds which models, by the workers' names; every worker comes to the same.
+
+    A model with fewer replicas than workers that may hold it goes where the fewest models are.
+
+    Raises LoadError for a model that no worker may hold.
+    """
+    placed: dict[str, list[Registration]] = {name: [] for name in workers}
+    for registration in registrations:
+        options = registration.options
+        may = [name for name in workers if not options.devices or any(fnmatchcase(name, p) for p in options.devices)]
+        if not may:
+            raise LoadError(
+                f"model {registration.name!r}: devices={list(options.devices)} matches none of the workers "
+                f"{', '.join(workers)}"
+            )
+        # Sorting is stable: the first of those that hold equally many.
+        for name in sorted(may, key=lambda name: len(placed[name]))[: options.replicas]:
+            placed[name].append(registration)
+    return placed
 
 
 def check_unique(registrations: Iterable[Registration]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from typing import cast
 
 from pullback_server import ops
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Reply, WorkerLost
+from pullback_server.job import Outcome
 from pullback_server.rpc import status
 from pullback_server.rpc.answer import join, response, tensors_of
 from pullback_server.rpc.ops import result_of
@@ -62,7 +64,7 @@ class AnswerWriter:
         else:
             assert op.job is not None
             field = getattr(frame.stateless, op.job.kind)
-            field.CopyFrom(response(op.job.kind, reply.outcome))
+            field.CopyFrom(response(op.job.kind, cast(Outcome, reply.outcome)))
             tensors = list(tensors_of(field))
         transfers, staying = await self._outbox.send(reply.payloads, self._room)
         if transfers:

@@ -31,7 +31,7 @@ class GradientHandler:
         call.model = request.function.model
         job = self._translator.job(request, payloads)
         try:
-            scheduled = await self._scheduler.submit(job, payloads, call.deadline)
+            scheduled = await self._scheduler.submit(job, payloads, call.deadline, call.origin)
         except Fault as fault:
             fault.field = wire_path(fault.field, job)
             raise

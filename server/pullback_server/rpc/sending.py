@@ -77,6 +77,7 @@ class Sender:
                 job = op.job = self._translator.stateless(frame, payloads, self._max_result_bytes)
             else:
                 job = self._job(op, self._translator.op(frame, payloads))
+            self._check_held(job)
             way = await self._pinned.post(job, op.payloads, time.monotonic() + self._seconds, uploads)
         except (Fault, WireError) as error:
             await self._refuse(op, error if isinstance(error, Fault) else status.as_fault(error))
@@ -98,6 +99,24 @@ class Sender:
             budget=self._budget,
             max_result_bytes=self._max_result_bytes,
         )
+
+    def _check_held(self, job: Job | ops.SessionJob) -> None:
+        """Raises Fault where the op needs a model that the session's worker does not have."""
+        if isinstance(job, Job):
+            model, version = job.model, job.version
+        elif isinstance(job.op, ops.Call) and isinstance(job.op.callee, ops.Model):
+            model, version = job.op.callee.name, job.op.callee.version
+        elif isinstance(job.op, ops.Parameters):
+            model, version = job.op.model, job.op.version
+        else:
+            return
+        worker = self._pinned.worker
+        if not worker.holds(model, version):
+            raise Fault(
+                Reason.NOT_ON_SESSION_WORKER,
+                f"model {model!r} version {version} is not on worker {worker.name}, where this session is; name the "
+                "models of a session when it is opened",
+            )
 
     async def _refuse(self, op: Op, fault: Fault) -> None:
         """Has the worker know of an op that cannot be sent, where other ops may depend on it."""

@@ -15,6 +15,7 @@ from pullback_server.faults import Fault
 from pullback_server.rpc import status
 from pullback_server.rpc.catalogue import Catalogue
 from pullback_server.rpc.ops import OpTranslator
+from pullback_server.rpc.origin import origin_of
 from pullback_server.rpc.request import Translator
 from pullback_server.rpc.stream import SessionOptions, Stream
 from pullback_server.rpc.transfers import WINDOW, ProtocolBreach
@@ -86,10 +87,11 @@ class SessionHandler:
         opening = await self._opening(context)
         if self._draining is not None:
             raise Fault(Reason.NOT_READY, "the server is shutting down", "", 1.0)
-        for ref in opening.open.models:
-            self._catalogue.find(ref.name, ref.version, "open.models.")
+        named = [self._catalogue.find(ref.name, ref.version, "open.models.").signature for ref in opening.open.models]
+        models = [(signature.name, signature.version) for signature in named]
         options = self._options
-        pinned = await Pinned.open(self._scheduler, time.monotonic() + _OPENING)
+        deadline = time.monotonic() + _OPENING
+        pinned = await Pinned.open(self._scheduler, deadline, origin_of(context), models)
         try:
             stream = Stream(
                 context,

@@ -12,6 +12,8 @@ import grpc
 
 from pullback_server.faults import Fault
 from pullback_server.rpc import status
+from pullback_server.rpc.origin import origin_of
+from pullback_server.scheduling import NOBODY, Origin
 from pullback_server.telemetry import Metrics
 from pullback_wire import Method, Reason, WireError
 
@@ -24,10 +26,12 @@ class Call:
 
     deadline: on the time.monotonic clock; the caller's, or the server's own longest.
     model: set by the handler as soon as it knows; a caller's word, so not fit for a label as it stands.
+    origin: whose call it is.
     """
 
     deadline: float
     model: str = ""
+    origin: Origin = NOBODY
 
 
 Handler = Callable[[Method, bytes, Call], Awaitable[bytes]]
@@ -62,6 +66,7 @@ class Unary:
             fault: Fault | None = None
             result = b""
             try:
+                call.origin = origin_of(context)
                 result = await handler(method, data, call)
                 code = grpc.StatusCode.OK
             except asyncio.CancelledError:

@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from pullback_server.fleet.seam import Buffer, Pending, Reply, Seat, Upload, Worker
 from pullback_server.job import Job
 from pullback_server.ops import SessionJob
+from pullback_server.scheduling.queue import Origin
 from pullback_server.scheduling.scheduler import Scheduler
 
 
 class Pinned:
     """A session's seat and its turn in the queue. `post` is called by one task, op after op."""
 
-    def __init__(self, scheduler: Scheduler, worker: Worker, seat: Seat) -> None:
+    def __init__(self, scheduler: Scheduler, origin: Origin, worker: Worker, seat: Seat) -> None:
         self._scheduler = scheduler
+        self._origin = origin
         self.worker = worker
         self.seat = seat
 
     @classmethod
-    async def open(cls, scheduler: Scheduler, deadline: float) -> Pinned:
-        """Raises Fault (NOT_READY)."""
-        return cls(scheduler, *await scheduler.sit(deadline))
+    async def open(
+        cls, scheduler: Scheduler, deadline: float, origin: Origin, models: Sequence[tuple[str, str]]
+    ) -> Pinned:
+        """models: names and versions that the session will call. Raises Fault (NOT_READY, NOT_ON_SESSION_WORKER)."""
+        return cls(scheduler, origin, *await scheduler.sit(deadline, models))
 
     @property
     def free(self) -> bool:
@@ -32,7 +36,7 @@ class Pinned:
         self, job: Job | SessionJob, payloads: Sequence[Buffer], deadline: float, uploads: Sequence[Upload] = ()
     ) -> OnItsWay:
         """Sends an op when its turn has come. Raises Fault, WorkerLost."""
-        await self._scheduler.place_on(self.worker, deadline)
+        await self._scheduler.place_on(self.worker, deadline, self._origin)
         try:
             pending = await self.seat.post(job, payloads, deadline, uploads)
         except BaseException:

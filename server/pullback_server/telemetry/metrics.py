@@ -16,12 +16,19 @@ from prometheus_client.registry import Collector
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
 
 
+#: Upper bounds of the rows of a batch.
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
 class _Workers(Collector):
     """Read from the fleet at each scrape, not counted twice."""
 
-    def __init__(self, states: Callable[[], Mapping[str, int]], restarts: Callable[[], int]) -> None:
+    def __init__(
+        self, states: Callable[[], Mapping[str, int]], restarts: Callable[[], int], passed_over: Callable[[], int]
+    ) -> None:
         self._states = states
         self._restarts = restarts
+        self._passed_over = passed_over
 
     def collect(self) -> Iterator[Metric]:
         workers = GaugeMetricFamily("pullback_workers", "Worker processes by state.", labels=["state"])
@@ -30,6 +37,11 @@ class _Workers(Collector):
         yield workers
         yield CounterMetricFamily(
             "pullback_worker_restarts", "Workers replaced since the server started.", value=self._restarts()
+        )
+        yield CounterMetricFamily(
+            "pullback_worker_passed_over",
+            "Jobs that a worker had and did not begin, since their deadline had passed or their caller had left.",
+            value=self._passed_over(),
         )
 
 
@@ -97,6 +109,46 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.batch_rows = Histogram(
+            "pullback_batch_rows",
+            "Rows of computations that were merged of several calls, by model.",
+            ["model"],
+            buckets=_ROWS,
+            registry=self.registry,
+        )
+        self.merged_calls = Counter(
+            "pullback_merged_calls", "Calls computed together with others.", ["model"], registry=self.registry
+        )
+        self.unmerged_calls = Counter(
+            "pullback_unmerged_calls",
+            "Calls that were to be merged and were computed alone after all, since the merged computation failed.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.memory_splits = Counter(
+            "pullback_memory_splits",
+            "How often rows were split because memory ran out.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.dropped_calls = Counter(
+            "pullback_dropped_calls",
+            "Calls whose deadline passed, or whose caller left, before they were computed: in the queue, or as a part "
+            "of a batch that a worker had (see also pullback_worker_passed_over_total).",
+            ["where"],
+            registry=self.registry,
+        )
+        self.worker_deaths = Counter(
+            "pullback_worker_deaths",
+            "Workers that a call has cost, by model: it died under the call, or was ended at the hard limit (timeout).",
+            ["model", "why"],
+            registry=self.registry,
+        )
+        self.oldest = Gauge(
+            "pullback_queue_age_seconds",
+            "How long the call has waited for a worker that has waited longest.",
+            registry=self.registry,
+        )
         self.queued = Gauge("pullback_queue_length", "Calls that wait for a worker.", registry=self.registry)
         self.bytes_in_flight = Gauge(
             "pullback_bytes_in_flight", "Bytes of tensors of the calls being computed.", registry=self.registry
@@ -115,8 +167,10 @@ class Metrics:
         self,
         *,
         queued: Callable[[], float],
+        oldest: Callable[[], float],
         bytes_in_flight: Callable[[], float],
         restarts: Callable[[], int],
+        passed_over: Callable[[], int],
         workers: Callable[[], Mapping[str, int]],
         sessions: Callable[[], float],
         handles: Callable[[], float],
@@ -127,5 +181,6 @@ class Metrics:
         self.session_handles.set_function(handles)
         self.session_bytes.set_function(retained)
         self.queued.set_function(queued)
+        self.oldest.set_function(oldest)
         self.bytes_in_flight.set_function(bytes_in_flight)
-        self.registry.register(_Workers(workers, restarts))
+        self.registry.register(_Workers(workers, restarts, passed_over))
