@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pullback import errors
 from pullback._channel import TLS, Address, clean_metadata
@@ -13,7 +13,7 @@ from pullback._info import ModelInfo, model_info
 from pullback._model import RemoteModel
 from pullback._retry import RetryPolicy
 from pullback._transport import Transport
-from pullback_wire import MODEL_METHODS
+from pullback_wire import CALLER_KEY, MODEL_METHODS, PRIORITY_KEY
 from pullback_wire.v1 import model_service_pb2
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def connect(
     metadata: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]] = (),
     retry: RetryPolicy | None = None,
     name: str = "",
+    caller: str = "",
+    priority: Literal["normal", "high"] = "normal",
 ) -> Client:
     """A client of the server at `target`. Connects at its first call.
 
@@ -154,15 +156,23 @@ def connect(
     metadata: sent with each call, e.g. {"authorization": "Bearer ..."}. Over plain text anyone on the way reads it.
     retry: None: `RetryPolicy()`; RetryPolicy(attempts=1) for none.
     name: who is calling, put before the user agent.
+    caller: whom calls are counted for where a server shares its workers out among callers; empty: each connection is
+        a caller of its own.
+    priority: "high": before this caller's other calls, and with a larger share of the workers.
 
     Raises ValueError for a setting that cannot be, OSError for a TLS file that cannot be read.
     """
+    if priority not in ("normal", "high"):
+        raise ValueError(f"priority is {priority!r}, expected 'normal' or 'high'")
+    told = [*clean_metadata(metadata)]
+    told += [(CALLER_KEY, caller)] if caller else []
+    told += [(PRIORITY_KEY, priority)] if priority != "normal" else []
     address = Address(
         target=target,
         tls=tls,
         connect_timeout=connect_timeout,
         max_message_bytes=max_message_bytes,
-        metadata=clean_metadata(metadata),
+        metadata=clean_metadata(told),
         name=name,
     )
     return Client(Transport(address, timeout, RetryPolicy() if retry is None else retry))

@@ -71,6 +71,10 @@ class ModelInfo:
     order_evidence: how that is known, or what stands against more.
     devices: of the workers that hold the model.
     parameter_count: how many elements the parameters have in all.
+    max_batch_rows: rows of several callers' calls that are computed together at most; 0: calls are never merged.
+    batch_evidence: how it is known that rows are independent, or why calls are not merged.
+    plan: what a compiled plan covers, or why there is none; empty: none was asked for.
+    hard_timeout: seconds of computing after which a call is ended; None: the server's own limit.
     """
 
     name: str
@@ -89,6 +93,10 @@ class ModelInfo:
     order_evidence: str
     devices: tuple[str, ...]
     parameter_count: int
+    max_batch_rows: int = 0
+    batch_evidence: str = ""
+    plan: str = ""
+    hard_timeout: float | None = None
 
     def __repr__(self) -> str:
         state = "" if self.state == "ready" else f", {self.state}"
@@ -117,6 +125,10 @@ def model_info(message: pb.Model) -> ModelInfo:
         order_evidence=message.orders.evidence,
         devices=tuple(message.devices),
         parameter_count=message.parameter_count,
+        max_batch_rows=message.batching.max_rows,
+        batch_evidence=message.batching.evidence,
+        plan=message.plan,
+        hard_timeout=message.hard_timeout_seconds if message.HasField("hard_timeout_seconds") else None,
     )
 
 

@@ -26,8 +26,13 @@ def described(info: ModelInfo) -> str:
         ("gradients", f"{orders}; jvp {jvp}"),
         ("evidence", info.order_evidence or "none given"),
         ("batch axis", axis),
+        ("merging", _merging(info)),
         ("devices", ", ".join(info.devices) or "none"),
     ]
+    if info.plan:
+        facts.append(("compiled plan", info.plan))
+    if info.hard_timeout is not None:
+        facts.append(("hard limit", f"{info.hard_timeout:g} s"))
     parts = [info.name + (f": {info.description}" if info.description else ""), columns(facts, "  ")]
     parts += _section("inputs", info.inputs)
     parts += _section("outputs", info.outputs or ["not known before a call"])
@@ -35,6 +40,11 @@ def described(info: ModelInfo) -> str:
         parts += _section(f"parameters ({info.parameter_count:,} elements)", info.parameters)
     parts += _section("losses", info.losses)
     return "\n".join(parts)
+
+
+def _merging(info: ModelInfo) -> str:
+    rows = f"up to {info.max_batch_rows} rows at once" if info.max_batch_rows > 1 else "calls are computed one by one"
+    return f"{rows}; {info.batch_evidence}" if info.batch_evidence else rows
 
 
 def _section(title: str, items: Iterable[object]) -> list[str]:

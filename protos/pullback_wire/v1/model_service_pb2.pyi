@@ -147,6 +147,9 @@ class Model(google.protobuf.message.Message):
     ORDERS_FIELD_NUMBER: builtins.int
     DEVICES_FIELD_NUMBER: builtins.int
     PARAMETER_COUNT_FIELD_NUMBER: builtins.int
+    BATCHING_FIELD_NUMBER: builtins.int
+    PLAN_FIELD_NUMBER: builtins.int
+    HARD_TIMEOUT_SECONDS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name that calls use."""
     version: builtins.str
@@ -161,6 +164,10 @@ class Model(google.protobuf.message.Message):
     """The axis along which rows are independent of each other, where the operator declared one."""
     parameter_count: builtins.int
     """How many elements its parameters have in all."""
+    plan: builtins.str
+    """What a compiled plan covers, or why there is none although one was asked for; empty: none was asked for."""
+    hard_timeout_seconds: builtins.float
+    """Seconds of computing after which a call is ended together with its worker, where the model has a limit of its own."""
     @property
     def versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Every version that can be named, oldest first."""
@@ -189,6 +196,10 @@ class Model(google.protobuf.message.Message):
     def devices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Devices of the workers that hold it, e.g. "cpu", "cuda:0"."""
 
+    @property
+    def batching(self) -> Global___Batching:
+        """How requests of several callers are computed together."""
+
     def __init__(
         self,
         *,
@@ -206,12 +217,44 @@ class Model(google.protobuf.message.Message):
         orders: Global___Orders | None = ...,
         devices: collections.abc.Iterable[builtins.str] | None = ...,
         parameter_count: builtins.int = ...,
+        batching: Global___Batching | None = ...,
+        plan: builtins.str = ...,
+        hard_timeout_seconds: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "batch_axis", b"batch_axis", "orders", b"orders"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "batch_axis", b"batch_axis", "description", b"description", "devices", b"devices", "inputs", b"inputs", "losses", b"losses", "name", b"name", "orders", b"orders", "outputs", b"outputs", "parameter_count", b"parameter_count", "parameters", b"parameters", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "_hard_timeout_seconds", b"_hard_timeout_seconds", "batch_axis", b"batch_axis", "batching", b"batching", "hard_timeout_seconds", b"hard_timeout_seconds", "orders", b"orders"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "_hard_timeout_seconds", b"_hard_timeout_seconds", "batch_axis", b"batch_axis", "batching", b"batching", "description", b"description", "devices", b"devices", "hard_timeout_seconds", b"hard_timeout_seconds", "inputs", b"inputs", "losses", b"losses", "name", b"name", "orders", b"orders", "outputs", b"outputs", "parameter_count", b"parameter_count", "parameters", b"parameters", "plan", b"plan", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_axis", b"_batch_axis"]) -> typing.Literal["batch_axis"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_hard_timeout_seconds", b"_hard_timeout_seconds"]) -> typing.Literal["hard_timeout_seconds"] | None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class Batching(google.protobuf.message.Message):
+    """How requests for a model are merged. Results are those of requests computed alone, to the rounding of their dtype."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_ROWS_FIELD_NUMBER: builtins.int
+    MAX_DELAY_SECONDS_FIELD_NUMBER: builtins.int
+    EVIDENCE_FIELD_NUMBER: builtins.int
+    max_rows: builtins.int
+    """Rows of one merged computation at most; 0: requests are never merged."""
+    max_delay_seconds: builtins.float
+    """Seconds that a request may wait for others while a worker is free."""
+    evidence: builtins.str
+    """How it is known that rows are independent, or why nothing is merged, for people."""
+    def __init__(
+        self,
+        *,
+        max_rows: builtins.int = ...,
+        max_delay_seconds: builtins.float = ...,
+        evidence: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evidence", b"evidence", "max_delay_seconds", b"max_delay_seconds", "max_rows", b"max_rows"]) -> None: ...
+
+Global___Batching: typing_extensions.TypeAlias = Batching
 
 @typing.final
 class Orders(google.protobuf.message.Message):

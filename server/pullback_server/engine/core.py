@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 
 from pullback_server.engine import dense, forward_mode, losses, reverse, second
 from pullback_server.engine._names import unknown_name
+from pullback_server.engine.attempt import attempt
+from pullback_server.engine.batches import BatchResult, BatchRun
 from pullback_server.engine.call import Again, Call, out_of_memory
-from pullback_server.engine.guards import Ambience, compiled_code_as_written, plain_kernels, without_cudnn
+from pullback_server.engine.guards import Ambience
 from pullback_server.engine.hosted import HostedModel, build
 from pullback_server.engine.probe import probe
 from pullback_server.engine.results import EngineResult, Results
 from pullback_server.faults import Fault, listed
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
-from pullback_server.job import Job, Signature
+from pullback_server.job import Batch, Job, Signature
 from pullback_wire import Reason
 
 #: How often a call is computed anew with what was learned about its model. Each thing is learned once.
@@ -42,41 +43,16 @@ _KINDS: dict[str, Callable[[Call, Results], EngineResult]] = {
 }
 
 
-_AS_THEY_ARE = contextlib.nullcontext()
-
-
-def _kernels(job: Job, hosted: HostedModel) -> contextlib.AbstractContextManager[object]:
-    """The kernels that have the derivatives asked for."""
-    first_order = job.kind in ("evaluate", "vjp")
-    plain = not first_order or job.batched
-    no_cudnn = hosted.without_cudnn and job.kind != "evaluate" and not (job.kind == "vjp" and job.train)
-    # Other tensors in the module's place would have it compiled anew.
-    uncompiled = hosted.compiled and bool(job.parameters or job.train)
-    if not (plain or no_cudnn or uncompiled):
-        return _AS_THEY_ARE
-    stack = contextlib.ExitStack()
-    if no_cudnn:
-        stack.enter_context(without_cudnn())
-    if plain:
-        stack.enter_context(plain_kernels())
-    elif uncompiled:
-        stack.enter_context(compiled_code_as_written())
-    return stack
-
-
 def compute(job: Job, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> EngineResult:
     """One attempt at a job. Raises Fault, WritesInputs, Again, and what torch raises when memory runs out."""
     results = Results(job)
-    hosted.watch_parameters(job.train)
-    try:
-        with Ambience(), _kernels(job, hosted), Call(job, hosted, tensors) as call:
-            found = _KINDS[job.kind](call, results)
-            found.outcome.timings = call.timings
-    finally:
-        wrote = hosted.restore_state()
-    if hosted.spoilt or (wrote and call.forwards > 1):
-        raise Again
-    return found
+
+    def work(call: Call) -> EngineResult:
+        found = _KINDS[job.kind](call, results)
+        found.outcome.timings = call.timings
+        return found
+
+    return attempt(job, hosted, lambda: Call(job, hosted, tensors), work)
 
 
 def _rebuilt(hosted: HostedModel) -> HostedModel:
@@ -126,6 +102,9 @@ class Engine:
             orders=hosted.orders,
             device=str(self.device),
             parameter_count=sum(parameter.numel() for parameter in hosted.parameters.values()),
+            batch=hosted.batch,
+            hard_timeout=registration.options.hard_timeout,
+            plan=getattr(hosted, "plan", ""),
         )
 
     def find(self, model: str, version: str) -> HostedModel:
@@ -172,10 +151,39 @@ class Engine:
                     ) from error
                 short_of_memory = True
             else:
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
-                    found.outcome.device_memory = torch.cuda.memory_allocated(self.device)
+                self._settle()
+                found.outcome.device_memory = self._memory_in_use()
                 return found
             # Outside the handler, whose exception would hold on to what is to be freed.
-            torch.cuda.empty_cache()
+            self._tidy()
         raise Fault(Reason.INTERNAL, f"model {job.model!r}: no attempt of {_ATTEMPTS} came to an end")
+
+    def run_batch(self, batch: Batch, tensors: Sequence[Sequence[torch.Tensor]]) -> BatchResult:
+        """Computes jobs for one function, in one as far as that goes.
+
+        tensors: of each member, by its own payload index; otherwise as in `run`.
+
+        Raises Fault where there is no such model; what concerns one member alone is its result.
+        """
+        first = batch.members[0]
+        found = BatchRun(
+            batch, tensors, lambda: self.find(first.model, first.version), self.run, self._settle, self._tidy
+        )()
+        memory = self._memory_in_use()
+        for member in found.members:
+            if isinstance(member, EngineResult):
+                member.outcome.device_memory = memory
+        return found
+
+    def _settle(self) -> None:
+        """Returns when the device has computed everything."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _tidy(self) -> None:
+        """Gives back memory that is only kept for later."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _memory_in_use(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0

@@ -23,7 +23,7 @@ from pullback_server.engine.plan import Plan
 from pullback_server.engine.reach import Reference, references
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
-from pullback_server.job import OrdersRecord, SpecRecord
+from pullback_server.job import BatchRecord, OrdersRecord, SpecRecord
 from pullback_wire.dtypes import dtype_number
 
 _log = logging.getLogger(__name__)
@@ -108,6 +108,10 @@ class HostedModel:
         self.probing = False
         self.seen: set[Any] = set()
         self.orders = OrdersRecord(1, False, "not probed")
+        #: How its requests may be merged.
+        self.batch = BatchRecord()
+        #: The inputs that have the batch axis, where its rows were found to be independent of each other; else empty.
+        self.batched_inputs: frozenset[str] = frozenset()
         self.outputs: list[SpecRecord] = [SpecRecord(name) for name in registration.outputs or ()]
         #: What torch.compile made of it; None: nothing, or nothing that could be used.
         self.plans: Plan | None = None
@@ -304,6 +308,8 @@ class HostedModel:
             "honest",
             "orders",
             "outputs",
+            "batch",
+            "batched_inputs",
         ):
             setattr(fresh, name, getattr(self, name))
         if self.plan:

@@ -20,7 +20,7 @@ import torch
 from pullback_server.engine._dtypes import WIRE, describe
 from pullback_server.engine.attempt import attempt
 from pullback_server.engine.backward import check_unused, gradients
-from pullback_server.engine.call import Call, Forward, out_of_memory
+from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.cotangents import Pull, cotangents
 from pullback_server.engine.forward_mode import finish_jvp, movement, push
 from pullback_server.engine.hosted import HostedModel
@@ -78,6 +78,8 @@ class Member:
         self.moved: dict[int, torch.Tensor] = {}
         #: Where its rows begin.
         self.first = 0
+        #: The names of its outputs, as the merged call has them.
+        self.names: dict[str, str] = {}
 
     def prepare(self, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> None:
         """Everything that is checked before a forward. Raises Fault."""
@@ -99,8 +101,7 @@ class Member:
 
     def outputs(self, of_all: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Its own among the outputs of a `MergedCall`."""
-        lead = f"{self.number}/"
-        return {name.removeprefix(lead): tensor for name, tensor in of_all.items() if name.startswith(lead)}
+        return {name: of_all[key] for name, key in self.names.items()}
 
     def own(self, found: torch.Tensor | None, axis: int) -> torch.Tensor | None:
         """Its rows of a gradient by the merged inputs."""
@@ -161,8 +162,9 @@ class MergedCall(Call):
             with member.isolated():
                 own = {name: shares[index] for name, shares in parts.items()}
                 # As the member's own call would, with its own targets.
-                for name, tensor in member.call.composed(own, member.call.targets).items():
-                    found[f"{member.number}/{name}"] = tensor
+                own = member.call.composed(own, member.call.targets)
+                member.names = {name: f"{member.number}/{name}" for name in own}
+                found.update(zip(member.names.values(), own.values(), strict=True))
         return found
 
     @property
@@ -296,20 +298,17 @@ def _jvp(call: MergedCall) -> None:
     outputs, pushed = push(call, _moved(call), lambda *_: None)
     for member in call.living:
         with member.isolated():
-            own = {name: pushed[f"{member.number}/{name}"] for name in member.outputs(outputs)}
-            member.results.check_size(member.outputs(outputs), [t for t in own.values() if t is not None])
-            finish_jvp(member.results, member.outputs(outputs), own)
+            own, tangents = member.outputs(outputs), {name: pushed[key] for name, key in member.names.items()}
+            member.results.check_size(own, [tangent for tangent in tangents.values() if tangent is not None])
+            finish_jvp(member.results, own, tangents)
     call.timings["forward"] = time.perf_counter() - begin
 
 
 def _moved(call: MergedCall) -> dict[int, torch.Tensor]:
     """All tangents, in one for each member of `wrt`."""
     return {
-        index: torch.cat([member.moved[index] for member in call.members], call.axis)
-        for index in call.members[0].moved
+        index: torch.cat([member.moved[index] for member in call.members], call.axis) for index in call.members[0].moved
     }
 
 
 _WORK: dict[str, Callable[[MergedCall], None]] = {"evaluate": _evaluate, "vjp": _vjp, "hvp": _hvp, "jvp": _jvp}
-
-__all__ = ["Member", "Refused", "detached", "mergeable", "out_of_memory", "padded", "separable", "together"]

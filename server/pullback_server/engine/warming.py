@@ -172,7 +172,11 @@ class _Maker:
             with Ambience(), Call(job, hosted, tensors) as call:
                 # Watched, nothing compiled would run.
                 fw = call.forward(watch=not compiled)
-                if fw.witness.hooks or hosted.hooked or (not compiled and any(map(has_hooks, nodes(fw.outputs.values())))):
+                if (
+                    fw.witness.hooks
+                    or hosted.hooked
+                    or (not compiled and any(map(has_hooks, nodes(fw.outputs.values()))))
+                ):
                     raise Refused("its backward runs hooks")
                 found: dict[str, torch.Tensor | None] = {
                     f"the output {name!r}": tensor.detach().clone() for name, tensor in fw.outputs.items()

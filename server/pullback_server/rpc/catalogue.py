@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pullback_server.faults import Fault, nearest
 from pullback_server.fleet.seam import Fleet
@@ -14,10 +14,14 @@ from pullback_wire.v1 import tensor_pb2
 
 
 class Catalogue:
-    """Finds a model by name and version."""
+    """Finds a model by name and version.
 
-    def __init__(self, fleet: Fleet) -> None:
+    unmerged: why requests for a model are not merged, whatever its signature says; empty: they are.
+    """
+
+    def __init__(self, fleet: Fleet, unmerged: Callable[[Signature], str]) -> None:
         self._fleet = fleet
+        self._unmerged = unmerged
         self._views: dict[tuple[str, str], SignatureView] = {}
 
     def find(self, name: str, version: str, field: str = "") -> SignatureView:
@@ -76,9 +80,21 @@ class Catalogue:
             orders=pb.Orders(
                 reverse=signature.orders.reverse, forward=signature.orders.forward, evidence=signature.orders.evidence
             ),
-            devices=[worker.device for worker in self._fleet.workers],
+            devices=[
+                worker.device for worker in self._fleet.workers if worker.holds(signature.name, signature.version)
+            ],
             parameter_count=signature.parameter_count,
+            batching=self._batching(signature),
+            plan=signature.plan,
+            hard_timeout_seconds=signature.hard_timeout,
         )
+
+    def _batching(self, signature: Signature) -> pb.Batching:
+        batch = signature.batch
+        refused = self._unmerged(signature)
+        if refused:
+            return pb.Batching(evidence=f"requests are not merged any more: {refused}")
+        return pb.Batching(max_rows=batch.max_rows, max_delay_seconds=batch.max_delay, evidence=batch.evidence)
 
 
 def _spec(spec: SpecRecord) -> tensor_pb2.TensorSpec:

@@ -51,7 +51,7 @@ class Front:
 
     def __init__(self, options: FrontOptions, fleet: Fleet, scheduler: Scheduler, metrics: Metrics) -> None:
         self._options = options
-        self._catalogue = Catalogue(fleet)
+        self._catalogue = Catalogue(fleet, scheduler.unmerged)
         # Joins large answers off the event loop.
         self._executor = ThreadPoolExecutor(2, "pullback-encode")
         self._health = HealthServicer()

@@ -119,8 +119,10 @@ class Scheduler:
         since = self._queue.oldest()
         return 0.0 if since is None else time.monotonic() - since
 
-    def merging(self, signature: Signature) -> str:
-        """Why requests for a model are not merged any more; empty: nothing stands against it."""
+    def unmerged(self, signature: Signature) -> str:
+        """Why requests for a model are not merged, whatever its signature says; empty: nothing stands against it."""
+        if not self._policy.merge:
+            return "the server was started without batching"
         return self._unmergeable.get((signature.name, signature.version), "")
 
     async def submit(
