@@ -119,7 +119,9 @@ class Lane:
         return heap[0] if heap else None
 
     def pop(self) -> Ticket:
-        """Takes the head out."""
+        """Takes the head out. Raises IndexError where nobody waits."""
+        if self.head is None:
+            raise IndexError("nobody waits")
         return heapq.heappop(self._heap)
 
     def group(self) -> list[Ticket]:

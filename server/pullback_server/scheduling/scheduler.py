@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 #: Jobs a worker holds at most: one that computes and one whose bytes are already there when it ends.
 STAGED = 2
+#: A worker that will be busy for so many seconds gets no second job yet, since who is next may change until then; unless
+#: the job brings so many bytes that writing them meanwhile is worth it.
+_LONG, _LARGE = 0.02, 1 << 20
 #: Seconds between looks for a worker that is ready.
 _LOOK_AGAIN = 0.05
 
@@ -91,7 +94,8 @@ class Scheduler:
         # Places promised to jobs that may not have reached their worker yet. A worker's own count has these only from
         # then on, but it also has the abandoned ones.
         self._reserved: Counter[str] = Counter()
-        self._load_cost: Counter[str] = Counter()
+        #: Seconds of computing that are with each worker, as far as can be told.
+        self._load_cost: defaultdict[str, float] = defaultdict(float)
         #: Models whose requests turned out not to be mergeable, whatever was declared and probed.
         self._unmergeable: dict[tuple[str, str], str] = {}
         self._batches: set[asyncio.Task[None]] = set()
@@ -331,13 +335,13 @@ class Scheduler:
         """Reserves a place on the least busy worker, if nobody waits for one and there is one."""
         if self._queue or (ticket.lane.max_delay and ticket.lane.max_rows > ticket.rows):
             return None
-        worker = self._least_busy(ticket.lane)
+        worker = self._least_busy(ticket.lane, ticket)
         if worker is not None:
             self._reserve(worker, ticket.cost)
         return worker
 
-    def _least_busy(self, lane: Lane) -> Worker | None:
-        """A worker with a place for what waits in a lane."""
+    def _least_busy(self, lane: Lane, head: Ticket) -> Worker | None:
+        """A worker with a place for the first that waits in a lane."""
         if lane.worker is not None:
             # A dead one too: what is sent there fails at once, and says why.
             worker = lane.worker
@@ -346,14 +350,16 @@ class Scheduler:
         least = (float("inf"), STAGED)
         for worker in self._fleet.workers:
             if worker.state is WorkerState.READY and worker.holds(*(lane.model or ("", ""))):
-                load = self._load(worker)
-                if load < STAGED and (busy := (self._load_cost[worker.name], load)) < least:
-                    best, least = worker, busy
+                load, cost = self._load(worker), self._load_cost[worker.name]
+                if load and cost > _LONG and head.size < _LARGE:
+                    continue
+                if load < STAGED and (cost, load) < least:
+                    best, least = worker, (cost, load)
         return best
 
     def _reserve(self, worker: Worker, cost: float) -> None:
         self._reserved[worker.name] += 1
-        self._load_cost[worker.name] += cost  # type: ignore[assignment]
+        self._load_cost[worker.name] += cost
 
     def _load(self, worker: Worker) -> int:
         return max(worker.outstanding, self._reserved[worker.name])
@@ -384,7 +390,7 @@ class Scheduler:
     def _release(self, worker: Worker, cost: float) -> None:
         self._reserved[worker.name] -= 1
         # Sums of floats drift; a worker without work costs nothing.
-        self._load_cost[worker.name] = self._load_cost[worker.name] - cost if self._reserved[worker.name] else 0  # type: ignore[assignment]
+        self._load_cost[worker.name] = self._load_cost[worker.name] - cost if self._reserved[worker.name] else 0.0
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -395,7 +401,7 @@ class Scheduler:
             for lane, head in self._queue.lanes():
                 if first is not None and not head < first:
                     continue
-                worker = self._least_busy(lane)
+                worker = self._least_busy(lane, head)
                 if worker is not None and self._is_due(lane, head, now):
                     first, best = head, (lane, worker)
             if best is None:
