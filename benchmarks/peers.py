@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -50,7 +51,8 @@ class Peer:
     # After the interpreter; {port} and {metrics} are free ports. None: there is no server.
     server: tuple[str, ...] | None = ("server.py", "{port}")
     environment: dict[str, str] = field(default_factory=dict)
-    # Where clients connect to: the port, or what the server prints after ADDRESS.
+    # Where clients connect to: a port, or what the server prints after ADDRESS.
+    port: str = "{port}"
     announces: bool = False
 
 
@@ -68,8 +70,10 @@ CONTESTANTS = [
         "pullback",
         "Pullback",
         own_venv=False,
-        server=("-m", "pullback_server.cli", "serve", "server.py", "--threads", "1", "--log-level", "warning")
-        + ("--port", "{port}", "--metrics-port", "{other}"),
+        server=(
+            *("-m", "pullback_server.cli", "serve", "server.py", "--threads", "1", "--log-level", "warning"),
+            *("--port", "{port}", "--metrics-port", "{other}"),
+        ),
     ),
     Peer("by_hand", "gRPC by hand", "grpcio, raw bytes, one thread; one connection per caller", own_venv=False),
     Peer(
@@ -91,6 +95,10 @@ CONTESTANTS = [
         "PyTriton",
         "Triton's dynamic batching; its own client over gRPC",
         server=("server.py", "{port}", "{other}"),
+        # Triton's Python backend loads libpython; without this it may find the system's, of another patch version than
+        # the standard library of this interpreter, and fails.
+        environment={"LD_LIBRARY_PATH": "{libraries}"},
+        port="{other}",
     ),
     Peer(
         "hivemind",
@@ -200,6 +208,7 @@ class Contestant:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.failure = ""
+        self.log = Path(os.devnull)
         self.versions: dict[str, str] = {}
         self.second = {"verdict": "", "detail": ""}
         self.one: list[float] = []
@@ -217,10 +226,10 @@ class Contestant:
         port, other = free_port(), free_port()
         self.log = scratch / f"{self.peer.folder}.log"
         with ExitStack() as stack:
-            address = str(port)
+            address = self.peer.port.format(port=port, other=other)
             if self.peer.server is not None:
                 words = [word.format(port=port, other=other) for word in self.peer.server]
-                named = {"folder": folder, "scratch": scratch}
+                named = {"folder": folder, "scratch": scratch, "libraries": sysconfig.get_config_var("LIBDIR")}
                 own = {name: value.format(**named) for name, value in self.peer.environment.items()}
                 errors = stack.enter_context(self.log.open("w"))
                 server = subprocess.Popen(
@@ -249,6 +258,34 @@ class Contestant:
             self.lines = Lines(self.client.stdout)
             yield
 
+    def reason(self) -> str:
+        """The last error in the logs, without the paths of this machine."""
+        found: list[str] = []
+        for log in (self.log, self.log.with_suffix(".client.log")):
+            text = log.read_text(errors="replace") if log.exists() else ""
+            found += [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception)\b.*:", line)]
+        return re.sub(r"(/[\w.+-]+)+/", "", found[-1])[:300] if found else ""
+
+    def processes(self) -> dict[int, psutil.Process]:
+        """The server's and the client's, with what they started."""
+        found: dict[int, psutil.Process] = {}
+        for process in (getattr(self, "server", None), self.client):
+            if process is not None and process.poll() is None:
+                root = psutil.Process(process.pid)
+                found |= {one.pid: one for one in (root, *root.children(recursive=True))}
+        return found
+
+    def cpu_seconds(self) -> float:
+        """What they have used so far."""
+        total = 0.0
+        for process in self.processes().values():
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total
+
     def ask(self, do: str, wait: float, **arguments: Any) -> dict[str, Any]:
         """One command to the client."""
         assert self.client.stdin is not None
@@ -272,7 +309,8 @@ def measure(field_: list[Contestant], rounds: int) -> None:
                 try:
                     work(contestant)
                 except Failed as error:
-                    contestant.failure = str(error)
+                    reason = contestant.reason()
+                    contestant.failure = f"{error}" + (f" ({reason})" if reason and reason not in str(error) else "")
 
     def check(contestant: Contestant) -> None:
         contestant.versions = contestant.ask("check", 120)["versions"]
@@ -303,6 +341,14 @@ def measure(field_: list[Contestant], rounds: int) -> None:
                 setattr(contestant, results, found)
 
     turn(check, field_)
+    # All stay up for the whole run: one that is busy while it has nothing to do would disturb the others.
+    running = [contestant for contestant in field_ if not contestant.failure]
+    before = {contestant: contestant.cpu_seconds() for contestant in running}
+    time.sleep(2)
+    for contestant in running:
+        share = (contestant.cpu_seconds() - before[contestant]) / 2
+        if share > 0.03:
+            print(f"while idle {contestant.peer.title} uses {share:.0%} of a core", flush=True)
     for index in range(rounds):
         order = field_ if index % 2 == 0 else field_[::-1]
         for work in (one, many):
@@ -334,7 +380,8 @@ def number(value: float) -> str:
 
 def table(field_: list[Contestant]) -> str:
     lines = [
-        f"| | one caller | × in process | {CALLERS} callers | {MEBIBYTES} MiB there and back | × raw gRPC | second order | lines |",
+        f"| | one caller | × in process | {CALLERS} callers | {MEBIBYTES} MiB there and back | × raw gRPC "
+        "| second order | lines |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for found in field_:
@@ -364,13 +411,14 @@ def details(field_: list[Contestant]) -> str:
     return "\n".join(lines)
 
 
-NOTES = f"""What the columns say: **one caller** is the median time of a call that gives outputs and gradient as numpy arrays, by the
-peer's own client (where its API returns no outputs with the gradient, of the two calls that it takes). **{CALLERS} callers** are
-{CALLERS} threads of one client process, so the client's interpreter limits all of them alike. **Second order** is the gradient of
-(g·x).sum() with g the VJP of x³, compared with 9x²v: *silently wrong* means that a number came back, without an error, from
-which the second-order term is missing. A server that one writes oneself can of course be given an HVP method too; the column
-says what differentiating the gradient does. **Lines** are what a user writes, server and client, without the model, blank
-lines and comments. Every gradient is checked against torch before it is timed. Servers have one torch thread."""
+NOTES = f"""What the columns say: **one caller** is the median time of a call that gives outputs and gradient as numpy
+arrays, by the peer's own client; where its API returns no outputs with the gradient, of the two calls that it takes.
+**{CALLERS} callers** are {CALLERS} threads of one client process, so the client's interpreter limits all of them alike.
+**Second order** is the gradient of (g·x).sum() with g the VJP of x³, compared with 9x²v: *silently wrong* means that a
+number came back, without an error, from which the second-order term is missing. A server that one writes oneself can of
+course be given an HVP method too; the column says what differentiating the gradient does. **Lines** are what a user
+writes, server and client, without the model, blank lines and comments. Every gradient is checked against torch before
+it is timed. Servers have one torch thread."""
 
 
 def report(field_: list[Contestant], rounds: int) -> str:
@@ -379,7 +427,7 @@ def report(field_: list[Contestant], rounds: int) -> str:
         [
             f"## Peers — {date.today()}, {cores} cores, no GPU, Python {platform.python_version()}, "
             f"torch {torch.__version__} (1 thread)",
-            f"`python benchmarks/peers.py --rounds {rounds}`. The VJP of an MLP 784-256-10, batch 32, float32; loopback.",
+            f"`python benchmarks/peers.py --rounds {rounds}`. The VJP of an MLP 784-256-10, batch 32, float32.",
             table(field_),
             NOTES,
             details(field_),
@@ -466,10 +514,11 @@ def main() -> None:
                 try:
                     stack.enter_context(contestant.started(pythons[contestant.peer.folder], Path(scratch), case))
                 except (Failed, OSError) as error:
-                    contestant.failure = f"its server did not start: {error}"
+                    reason = contestant.reason()
+                    contestant.failure = f"its server did not start: {error}" + (f" ({reason})" if reason else "")
         measure(field_, arguments.rounds)
         for contestant in field_:
-            if contestant.failure and contestant.peer.folder in pythons and hasattr(contestant, "log"):
+            if contestant.failure and contestant.peer.folder in pythons:
                 for log in (contestant.log, contestant.log.with_suffix(".client.log")):
                     tail = log.read_text(errors="replace")[-1500:] if log.exists() else ""
                     print(f"--- {contestant.peer.title}: {contestant.failure}\n{tail}", file=sys.stderr)

@@ -38,19 +38,33 @@ class Running(NamedTuple):
         return found
 
 
+class Child(NamedTuple):
+    """A server of this folder: where it answers, and its process."""
+
+    target: str
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def child(script: str) -> Iterator[str]:
-    """A server of this folder that prints its port and ends when its standard input does; gives its target."""
+def child_process(script: str) -> Iterator[Child]:
+    """A server of this folder that prints its port and ends when its standard input does."""
     process = subprocess.Popen(
         [sys.executable, str(HERE / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdin is not None
     try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
+        yield Child(f"127.0.0.1:{int(process.stdout.readline())}", process)
     finally:
         process.stdin.close()
         process.wait(10)
+
+
+@contextmanager
+def child(script: str) -> Iterator[str]:
+    """As `child_process`; gives its target."""
+    with child_process(script) as running:
+        yield running.target
 
 
 def free_port() -> int:

@@ -122,12 +122,13 @@ class Contestant:
             return {"verdict": "unavailable", "detail": str(error)}
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-            return {"verdict": "refused", "detail": f"{type(error).__name__}: {lines[0][:300]}"}
+            how = getattr(self.client, "PENALTY", "")
+            return {"verdict": "refused", "detail": f"{how}: {type(error).__name__}: {lines[0][:300]}"}
         found = np.asarray(found, dtype=np.float32).reshape(x.shape)
         right = np.allclose(found, 9 * x**2 * v, rtol=1e-4)
         detail = getattr(self.client, "PENALTY", "create_graph=True through an autograd.Function around the call")
         if not right and np.allclose(found, 3 * x**2 * v, rtol=1e-4):
-            detail += "; the second-order term is missing"
+            detail = f"the second-order term is missing: {detail}"
         return {"verdict": "right" if right else "silently wrong", "detail": detail}
 
 

@@ -1,4 +1,4 @@
-"""Second order of a peer that has none of its own: what a user gets who wraps its VJP call into an autograd.Function."""
+"""Second order of a peer that has none of its own: what wrapping its VJP into an autograd.Function gives."""
 
 from typing import Any
 

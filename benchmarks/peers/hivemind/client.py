@@ -35,7 +35,16 @@ class Client:
 
     def penalty(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         (expert,) = get_experts(self.dht, ["cube.0"])
-        leaf = torch.from_numpy(x).requires_grad_()
-        (gradient,) = torch.autograd.grad(expert(leaf), leaf, torch.from_numpy(v), create_graph=True)
-        (gradient * leaf).sum().backward()
-        return leaf.grad.numpy()
+
+        def gradient_of_penalty(cotangent: torch.Tensor) -> np.ndarray:
+            leaf = torch.from_numpy(x).requires_grad_()
+            (gradient,) = torch.autograd.grad(expert(leaf), leaf, cotangent, create_graph=True)
+            (gradient * leaf).sum().backward()
+            return leaf.grad.numpy()
+
+        try:
+            gradient_of_penalty(torch.from_numpy(v).requires_grad_())
+        except RuntimeError as error:
+            # once_differentiable looks at the cotangent alone: only one that requires a gradient makes it refuse.
+            self.PENALTY += f"; with a cotangent that itself requires a gradient it is refused ({error})"
+        return gradient_of_penalty(torch.from_numpy(v))

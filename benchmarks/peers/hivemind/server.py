@@ -6,7 +6,8 @@ import torch
 import workload
 
 # user code
-from hivemind import DHT, BatchTensorDescriptor, ModuleBackend, Server
+from hivemind import DHT, ModuleBackend, Server
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 # end
 
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     # end
     backends |= {"cube.0": backend("cube.0", 6), "identity.0": backend("identity.0", 4 << 20)}
     # user code
-    server = Server(dht, backends, num_connection_handlers=1, device=torch.device("cpu"), start=True)
+    server = Server(dht, backends, num_connection_handlers=4, device=torch.device("cpu"), start=True)
     # end
     print("ADDRESS", dht.get_visible_maddrs()[0], flush=True)
     # user code

@@ -1,4 +1,4 @@
-"""The floor of gRPC: as many bytes there and back as the VJP has, and nothing is computed (benchmarks/echo_server.py)."""
+"""The floor of gRPC: as many bytes there and back as the VJP has (benchmarks/echo_server.py); nothing is computed."""
 
 import grpc
 import numpy as np
@@ -9,7 +9,7 @@ OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 
 class Client:
     def __init__(self, address: str) -> None:
-        channel = grpc.insecure_channel(f"127.0.0.1:{address}", OPTIONS + [("grpc.use_local_subchannel_pool", 1)])
+        channel = grpc.insecure_channel(f"127.0.0.1:{address}", [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
         self.small = channel.unary_unary("/echo/101632")
         self.same = channel.unary_unary("/echo/same")
 

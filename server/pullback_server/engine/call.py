@@ -84,7 +84,7 @@ class Call:
         #: Takes back what the latest forward changed in the module; it stays until the derivatives are computed.
         self._undo: list[Callable[[], None]] = []
         #: The compiled code that the latest forward ran; None: it ran as it is written.
-        self._variant: Variant | None = None
+        self.variant: Variant | None = None
         self.timings["copy_in"] = time.perf_counter() - begin
 
     def __enter__(self) -> Self:
@@ -110,7 +110,7 @@ class Call:
             # As it is written the model did it; otherwise the error is its own.
             if error is None:
                 self.hosted.drop_plan(why)
-        elif self._variant is not None and isinstance(error, Fault) and error.reason in _PERHAPS_THE_PLAN:
+        elif self.variant is not None and isinstance(error, Fault) and error.reason in _PERHAPS_THE_PLAN:
             plan.suspect = error.message
             raise Again from error
 
@@ -241,7 +241,7 @@ class Call:
             self._undo.append(hosted.let_require_grad(requiring))
         self._randomness.restart()
         self.forwards += 1
-        self._variant = None
+        self.variant = None
         arguments, keywords = hosted.binding.arrange(inputs)
         witness = Witness()
         try:
@@ -262,7 +262,7 @@ class Call:
             found, undo = hosted.plans.kept(found, stand)
             self._undo += undo
         outputs = self.composed(found, targets)
-        self._variant = variant
+        self.variant = variant
         self.timings["forward"] = self.timings.get("forward", 0.0) + time.perf_counter() - begin
         return Forward(outputs, stand, witness)
 
@@ -274,7 +274,8 @@ class Call:
         if self.copies or hosted.writes_buffers:
             return None
         wanted = [f"{wrt.place}:{wrt.name}" for wrt in job.wrt if wrt.place != "target"]
-        return hosted.plans.find(self.inputs, wanted)
+        pulled = [ref.name for ref in job.cotangents] if job.cotangents and self.loss is None else None
+        return hosted.plans.find(self.inputs, wanted, pulled)
 
     def _run_compiled(self, variant: Variant, arguments: list[torch.Tensor], keywords: dict[str, torch.Tensor]) -> Any:
         """Raises Again to have the call computed as the model is written, where the compiled code raised."""

@@ -15,6 +15,8 @@ from pullback_server.engine.guards import Ambience
 from pullback_server.engine.hosted import HostedModel, build
 from pullback_server.engine.probe import probe
 from pullback_server.engine.results import EngineResult, Results
+from pullback_server.engine.tuning import settle_batching
+from pullback_server.engine.warming import make_plan
 from pullback_server.faults import Fault, listed
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
@@ -81,6 +83,8 @@ class Engine:
         with Ambience():
             hosted = build(registration, self.device)
             probe(hosted, compute)
+            settle_batching(hosted, compute)
+            make_plan(hosted)
         self._models.setdefault(registration.name, {})[registration.version] = hosted
         return self._signature(hosted)
 

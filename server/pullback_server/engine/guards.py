@@ -28,6 +28,12 @@ def _generators(device: torch.device) -> tuple[torch.Generator, ...]:
     return torch.default_generator, torch.cuda.default_generators[index]
 
 
+def generator_states(device: torch.device) -> list[bytes]:
+    """Where all generators stand that a call may draw from."""
+    states = [generator.get_state().numpy().tobytes() for generator in _generators(device)]
+    return [*states, repr(random.getstate()).encode(), repr(np.random.get_state(legacy=False)["state"]).encode()]
+
+
 class Randomness:
     """Every random number a call draws: torch's on the CPU and the device, Python's and numpy's.
 

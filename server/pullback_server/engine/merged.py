@@ -7,11 +7,11 @@ each loss is over its own rows, and all derivatives are one backward from all of
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import msgspec
 import numpy as np
@@ -91,7 +91,7 @@ class Member:
         elif self.job.kind == "hvp":
             self.moved = tangents(self.call)
 
-    @contextmanager
+    @contextlib.contextmanager
     def isolated(self) -> Iterator[None]:
         """Around what concerns this member alone: its fault is its own."""
         try:
@@ -152,14 +152,16 @@ class MergedCall(Call):
         self, outputs: dict[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The members' outputs, or losses. Raises Refused where they cannot be told apart."""
-        parts = {}
+        parts: dict[str, Sequence[torch.Tensor]] = {}
         for name, tensor in outputs.items():
             if tensor.ndim <= self.axis or tensor.shape[self.axis] != self.rows:
                 raise Refused(f"its output {name!r} is {describe(tensor)} for {self.rows} rows")
-            parts[name] = tensor.split(self._sizes, self.axis)
-        found = {}
+            parts[name] = torch.split(tensor, self._sizes, self.axis)
+        found: dict[str, torch.Tensor] = {}
+        # What forward mode cannot do, reverse mode may: a fault of the first attempt at a JVP is nobody's.
+        attempted = self.job.kind == "jvp" and self.hosted.forward_mode and self.forwards == 1
         for index, member in enumerate(self.members):
-            with member.isolated():
+            with contextlib.nullcontext() if attempted else member.isolated():
                 own = {name: shares[index] for name, shares in parts.items()}
                 # As the member's own call would, with its own targets.
                 own = member.call.composed(own, member.call.targets)
@@ -210,20 +212,20 @@ def padded(rows: int, job: Job, hosted: HostedModel) -> int:
 
 def _watched(call: MergedCall, timings: dict[str, float]) -> None:
     """The work itself. Raises Refused where it draws random numbers: which member gets which would be chance."""
-    before = _randomness(call)
+    before = random_states(call.hosted)
     _WORK[call.job.kind](call)
-    if _randomness(call) != before:
+    if random_states(call.hosted) != before:
         raise Refused("it draws random numbers")
     for stage, seconds in call.timings.items():
         timings[stage] = timings.get(stage, 0.0) + seconds
 
 
-def _randomness(call: Call) -> list[object]:
+def random_states(hosted: HostedModel) -> list[object]:
     """The state of every generator that a model may draw from."""
     states: list[object] = [bytes(torch.get_rng_state().numpy().data)]
-    if call.device.type == "cuda":
-        states.append(bytes(torch.cuda.get_rng_state(call.device).numpy().data))
-    if not call.hosted.stock:
+    if hosted.device.type == "cuda":
+        states.append(bytes(torch.cuda.get_rng_state(hosted.device).numpy().data))
+    if not hosted.stock:
         name, keys, *rest = np.random.get_state(legacy=True)
         states += [random.getstate(), name, bytes(keys), rest]  # type: ignore[arg-type]
     return states

@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,28 +22,41 @@ import torch
 
 from pullback_server.engine import Engine, EngineResult, WritesInputs
 from pullback_server.engine.boot import choose_device, device_memory, load_models, settle, told
+from pullback_server.engine.members import BatchAnswer, Batches, overdue
+from pullback_server.engine.records import cleaned, fault_record, record_of, trace_of
 from pullback_server.engine.sessions import Sessions, op_references
 from pullback_server.engine.tape import TapeResult
-from pullback_server.engine.transfer import Pins, Watch, byte_counts, packed, pieces, references, store, tensors_of
+from pullback_server.engine.transfer import (
+    Piece,
+    Pins,
+    Watch,
+    byte_counts,
+    packed,
+    pieces,
+    references,
+    store,
+    tensors_of,
+)
 from pullback_server.faults import Fault
 from pullback_server.hosting.loading import LoadError
 from pullback_server.ipc import messages
 from pullback_server.ipc.frames import DO_NOT_WAIT, Frame, FrameReader, send_frame
 from pullback_server.ipc.layout import INLINE_LIMIT, Buffer, place
 from pullback_server.ipc.segments import Arena, Mappings, Segment
-from pullback_server.job import FaultRecord
+from pullback_server.job import Batch, BatchOutcome, FaultRecord, Job
 from pullback_server.ops import SessionJob
 from pullback_wire import Reason
 
-#: Characters of a traceback that travel to the log: its end says most.
-_TRACEBACK = 16 << 10
 #: Causes after which a CUDA device may be of no more use.
 _SUSPICIOUS = {Reason.INTERNAL.value, Reason.MODEL_ERROR.value, Reason.OUT_OF_MEMORY.value}
 
 
 class _Staged(NamedTuple):
+    """A run that was not begun. passed_over: the members of a batch for whom nobody waits any more."""
+
     run: messages.Run
     memory: memoryview | bytearray
+    passed_over: set[int]
 
 
 class _Answer(NamedTuple):
@@ -62,6 +74,7 @@ class Worker:
         self._engine = engine
         self._sessions = Sessions(engine)
         self._device = torch.device(setup.device)
+        self._batches = Batches(engine, self._device)
         self._pins = Pins(self._device)
         self._inbound = Mappings(writable=True)
         self._outbound = Arena(setup.idle_bytes, lambda segment: self._pins.remove(segment.mapping()))
@@ -95,12 +108,9 @@ class Worker:
             case messages.Run() as run:
                 if run.note is not None:
                     self._heed(run.note)
-                self._staged.append(_Staged(run, self._memory(run.slot, frame)))
-            case messages.Cancel(id):
-                for staged in self._staged:
-                    if staged.run.id == id:
-                        self._pass_over(staged)
-                        break
+                self._staged.append(_Staged(run, self._memory(run.slot, frame), set()))
+            case messages.Cancel(id, member):
+                self._cancel(id, member)
             case messages.Note() as note:
                 self._heed(note)
             case messages.Uploaded(slots):
@@ -112,6 +122,16 @@ class Worker:
                 self._end(session)
             case messages.Setup():
                 raise RuntimeError("a worker is set up once")
+
+    def _cancel(self, id: int, member: int) -> None:
+        for staged in self._staged:
+            if staged.run.id == id:
+                if member >= 0 and isinstance(staged.run.job, Batch):
+                    staged.passed_over.add(member)
+                    if len(staged.passed_over) < len(staged.run.job.members):
+                        return
+                self._pass_over(staged)
+                return
 
     def _pass_over(self, staged: _Staged) -> None:
         self._staged.remove(staged)
@@ -146,7 +166,11 @@ class Worker:
 
     def _answer(self, staged: _Staged) -> None:
         run = staged.run
-        if time.monotonic() >= run.deadline:
+        late = time.monotonic() >= run.deadline
+        if isinstance(run.job, Batch):
+            staged.passed_over.update(overdue(run.job))
+            late = late or len(staged.passed_over) == len(run.job.members)
+        if late:
             self._drop_uploads(run)
             self._send(messages.Skipped(run.id))
             return
@@ -166,25 +190,31 @@ class Worker:
         except Exception as error:
             if answer.segment is not None:
                 self._outbound.free(answer.segment)
-            record = _record(Reason.INTERNAL, "the result cannot be sent", error)
+            record = record_of(Reason.INTERNAL, "the result cannot be sent", error)
             self._send(messages.Failed(run.id, answer.message.kept, record))
         if isinstance(answer.message, messages.Failed):
             if isinstance(run.job, SessionJob) and answer.message.fault.traceback:
                 # The exception of a model may hold what the op had come to, in a circle.
                 gc.collect()
-            self._check_device(answer.message.fault)
+            self._check_device([answer.message.fault])
+        elif isinstance(answer.message, messages.Done) and isinstance(answer.message.outcome, BatchOutcome):
+            self._check_device([m for m in answer.message.outcome.members if isinstance(m, FaultRecord)])
 
     def _compute(self, staged: _Staged, watch: Watch | None) -> _Answer:
         run = staged.run
         try:
             begin = time.perf_counter()
-            tensors = self._tensors(staged, watch)
-            ready = time.perf_counter()
-            result: EngineResult | TapeResult
-            if isinstance(run.job, SessionJob):
-                result = self._sessions.run(run.job, tensors)
+            ready = begin
+            result: EngineResult | TapeResult | BatchAnswer
+            if isinstance(run.job, Batch):
+                result = self._batches.run(run.job, self._places(staged), watch, staged.passed_over)
             else:
-                result = self._engine.run(run.job, tensors)
+                tensors = self._tensors(staged, run.job, watch)
+                ready = time.perf_counter()
+                if isinstance(run.job, SessionJob):
+                    result = self._sessions.run(run.job, tensors)
+                else:
+                    result = self._engine.run(run.job, tensors)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
             computed = time.perf_counter()
@@ -196,24 +226,24 @@ class Worker:
         except WritesInputs:
             return _Answer(messages.Again(run.id, False))
         except Fault as fault:
-            trace = _trace(fault) if fault.reason in (Reason.MODEL_ERROR, Reason.INTERNAL) else ""
-            record = FaultRecord(
-                fault.reason.value, _clean(fault.message), _clean(fault.field), fault.retry_after, trace
-            )
+            record = fault_record(fault)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            record = _record(Reason.OUT_OF_MEMORY, "memory ran out", error)
+            record = record_of(Reason.OUT_OF_MEMORY, "memory ran out", error)
         # Whatever a model manages to raise, SystemExit included, must not cost the other callers their worker.
         except BaseException as error:
-            record = _record(Reason.INTERNAL, "the worker failed", error)
+            record = record_of(Reason.INTERNAL, "the worker failed", error)
         return _Answer(messages.Failed(run.id, False, record))
 
-    def _tensors(self, staged: _Staged, watch: Watch | None) -> list[torch.Tensor]:
+    def _places(self, staged: _Staged) -> list[Piece]:
         run = staged.run
         places = pieces(staged.memory, run.lengths)
-        places += [pieces(self._inbound.view(number), [size])[0] for number, size in run.uploads]
-        if not isinstance(run.job, SessionJob):
-            return tensors_of(references(run.job), places, watch, self._device)
-        tensors = tensors_of(op_references(run.job), places, None, self._device)
+        return places + [pieces(self._inbound.view(number), [size])[0] for number, size in run.uploads]
+
+    def _tensors(self, staged: _Staged, job: Job | SessionJob, watch: Watch | None) -> list[torch.Tensor]:
+        run, places = staged.run, self._places(staged)
+        if not isinstance(job, SessionJob):
+            return tensors_of(references(job), places, watch, self._device)
+        tensors = tensors_of(op_references(job), places, None, self._device)
         if self._device.type == "cuda":
             # What the session keeps must have been read before the front uses the memory again, also if the op fails.
             torch.cuda.current_stream(self._device).synchronize()
@@ -226,7 +256,7 @@ class Worker:
             tensors = [tensor.clone() if 4 * tensor.nbytes < len(staged.memory) else tensor for tensor in tensors]
         return tensors
 
-    def _store(self, number: int, result: EngineResult | TapeResult, compute: float) -> _Answer:
+    def _store(self, number: int, result: EngineResult | TapeResult | BatchAnswer, compute: float) -> _Answer:
         lengths = byte_counts(result.tensors)
         _, size = place(lengths)
         done = messages.Done(number, False, result.outcome, compute, lengths, None)
@@ -256,28 +286,15 @@ class Worker:
             segment.announced = True
         send_frame(self._socket, encoded, tail, fds)
 
-    def _check_device(self, fault: FaultRecord) -> None:
+    def _check_device(self, faults: Sequence[FaultRecord]) -> None:
         """Some CUDA errors (a device-side assert) spoil the process's context for good: then only a new one helps."""
-        if self._device.type != "cuda" or fault.reason not in _SUSPICIOUS:
+        if self._device.type != "cuda" or all(fault.reason not in _SUSPICIOUS for fault in faults):
             return
         try:
             torch.cuda.synchronize(self._device)
         except RuntimeError as error:
             self._usable = False
             self._send(messages.Leaving(f"the device is of no more use: {error}"))
-
-
-def _record(reason: Reason, what: str, error: BaseException) -> FaultRecord:
-    return FaultRecord(reason.value, _clean(f"{what}: {told(error)}"), traceback=_trace(error))
-
-
-def _trace(error: BaseException) -> str:
-    return _clean("".join(traceback.format_exception(error))[-_TRACEBACK:])
-
-
-def _clean(text: str) -> str:
-    """The text without what cannot be encoded (a file name that is no UTF-8, quoted in a message)."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _first_message(reader: FrameReader) -> messages.Setup | None:
@@ -300,10 +317,10 @@ def _work(sock: socket.socket) -> None:
         engine = Engine(choose_device(setup))
         loaded: messages.ToFront = messages.Loaded(load_models(engine, setup), device_memory(engine.device))
     except LoadError as error:
-        loaded = messages.LoadFailed(_clean(str(error)), _trace(error))
+        loaded = messages.LoadFailed(cleaned(str(error)), trace_of(error))
     # A fault of ours: the operator must hear of that as well.
     except Exception as error:
-        loaded = messages.LoadFailed(_clean(f"the worker failed: {told(error)}"), _trace(error))
+        loaded = messages.LoadFailed(cleaned(f"the worker failed: {told(error)}"), trace_of(error))
     if isinstance(loaded, messages.LoadFailed):
         send_frame(sock, messages.encode(loaded))
         return

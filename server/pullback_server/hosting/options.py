@@ -72,9 +72,11 @@ class Options:
 
     batching: see `Batching`; it needs the model's batch_axis.
     compile: see `Compile`; None: no compiled plan.
-    autocast: "bfloat16" or "float16": the forward runs under torch.autocast; None: in the model's own precision.
+    autocast: "bfloat16" or "float16": the forward runs under torch.autocast; None: in the model's own precision. Its
+        outputs are of the types that the model then returns. Backwards run outside of it, and so does a loss, which is
+        computed in the types of the outputs.
     checkpoint: globs of module names ("layers.*") whose activations are not kept for the backward but computed again
-        there (torch.utils.checkpoint).
+        there (torch.utils.checkpoint); of modules within one another, the outermost that match.
     micro_batch: rows that one forward and backward has at most; more are computed piece by piece, which takes less
         memory. Needs the model's batch_axis. None: never.
     hard_timeout: seconds of computing after which a call costs its worker; None: the server's own limit.

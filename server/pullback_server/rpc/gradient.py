@@ -39,8 +39,6 @@ class GradientHandler:
             kind: Kind = job.kind
             header = response(kind, cast(Outcome, reply.outcome)).SerializeToString()
             answer = await join(header, reply.payloads, self._executor)
-            stages = self._metrics.stage_seconds
-            stages.labels("queue", job.model).observe(scheduled.queued)
-            for stage in ("transfer", "compute"):
-                stages.labels(stage, job.model).observe(reply.timings[stage])
+            timings = reply.timings
+            self._metrics.stages(job.model, scheduled.queued, timings["transfer"], timings["compute"])
         return answer

@@ -77,9 +77,7 @@ class Unary:
             finally:
                 # Before the answer is on its way, so that whoever has it finds it counted.
                 in_flight.dec()
-                model = self._label(call.model)
-                metrics.requests.labels(name, model, code.name).inc()
-                metrics.request_seconds.labels(name, model).observe(time.monotonic() - began)
+                metrics.call(name, self._label(call.model), code.name, time.monotonic() - began)
             if fault is not None:
                 await context.abort(code, status.clip(fault.message), ((status.DETAILS_KEY, status.details(fault)),))
             sent.inc(len(result))

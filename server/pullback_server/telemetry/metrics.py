@@ -50,7 +50,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        # Looking children up by label takes longer than all the rest of counting.
         self._of_ops: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._of_calls: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
+        self._of_stages: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
         self.requests = Counter(
             "pullback_requests",
             "Calls answered, by RPC, hosted model and gRPC status code.",
@@ -158,10 +161,32 @@ class Metrics:
         """An op of a session was answered."""
         found = self._of_ops.get((op, code))
         if found is None:
-            # Looking children up by label takes longer than all the rest.
             found = self._of_ops[op, code] = (self.session_ops.labels(op, code), self.session_op_seconds.labels(op))
         found[0].inc()
         found[1].observe(seconds)
+
+    def call(self, method: str, model: str, code: str, seconds: float) -> None:
+        """A unary call was answered. model: a hosted one's name, or empty."""
+        found = self._of_calls.get((method, model, code))
+        if found is None:
+            found = self._of_calls[method, model, code] = (
+                self.requests.labels(method, model, code),
+                self.request_seconds.labels(method, model),
+            )
+        found[0].inc()
+        found[1].observe(seconds)
+
+    def stages(self, model: str, queue: float, transfer: float, compute: float) -> None:
+        """Where the time of a successful call for a hosted model went, in seconds."""
+        found = self._of_stages.get(model)
+        if found is None:
+            queues, transfers, computes = (
+                self.stage_seconds.labels(stage, model) for stage in ("queue", "transfer", "compute")
+            )
+            found = self._of_stages[model] = (queues, transfers, computes)
+        found[0].observe(queue)
+        found[1].observe(transfer)
+        found[2].observe(compute)
 
     def watch(
         self,
