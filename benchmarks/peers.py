@@ -69,6 +69,7 @@ CONTESTANTS = [
     Peer(
         "pullback",
         "Pullback",
+        "default settings, one worker; `ComputeVjp`",
         own_venv=False,
         server=(
             *("-m", "pullback_server.cli", "serve", "server.py", "--threads", "1", "--log-level", "warning"),
@@ -79,13 +80,13 @@ CONTESTANTS = [
     Peer(
         "torch_rpc",
         "torch RPC",
-        "`rpc_sync` of a VJP function; TensorPipe over TCP; one agent for all callers",
+        "`rpc_sync` of a VJP function; TensorPipe over TCP; one agent for all callers, calls run in threads",
         own_venv=False,
     ),
     Peer(
         "dist_autograd",
         "torch dist_autograd",
-        "forward by `rpc_sync`, then `dist_autograd.backward`; TensorPipe over TCP; one agent for all callers",
+        "forward by `rpc_sync`, then `dist_autograd.backward`; otherwise as torch RPC",
         own_venv=False,
     ),
     Peer("fastapi", "FastAPI", "uvicorn; bodies by `torch.save`; httpx"),
@@ -415,10 +416,12 @@ NOTES = f"""What the columns say: **one caller** is the median time of a call th
 arrays, by the peer's own client; where its API returns no outputs with the gradient, of the two calls that it takes.
 **{CALLERS} callers** are {CALLERS} threads of one client process, so the client's interpreter limits all of them alike.
 **Second order** is the gradient of (g·x).sum() with g the VJP of x³, compared with 9x²v: *silently wrong* means that a
-number came back, without an error, from which the second-order term is missing. A server that one writes oneself can of
-course be given an HVP method too; the column says what differentiating the gradient does. **Lines** are what a user
-writes, server and client, without the model, blank lines and comments. Every gradient is checked against torch before
-it is timed. Servers have one torch thread."""
+number came back, without an error, from which the second-order term is missing. *None; wrapped* is a peer that has no
+derivatives of its own: its call was put into the backward of a `torch.autograd.Function`, as one does, and
+`create_graph=True` went through that. A server that one writes oneself can of course be given an HVP method too; the
+column says what differentiating the gradient does. **Lines** are what a user writes, server and client, without the
+model, blank lines and comments. Every gradient is checked against torch before it is timed. Servers have one torch
+thread."""
 
 
 def report(field_: list[Contestant], rounds: int) -> str:
@@ -431,7 +434,7 @@ def report(field_: list[Contestant], rounds: int) -> str:
             table(field_),
             NOTES,
             details(field_),
-            "![One caller and sixteen](chart.png)",
+            "The same as a chart: `benchmarks/peers/chart.png`.",
         ]
     )
 
@@ -441,11 +444,10 @@ def chart(field_: list[Contestant], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     shown = sorted((found for found in field_ if found.one and found.many), key=lambda found: -median(found.one))
     colours = {"pullback": "#d1495b", "in_process": "#b8b8b8", "raw_grpc": "#b8b8b8"}
-    marks = {"right": "✓", "silently wrong": "✗ wrong, silently", "refused": "refused", "unavailable": "none", "": ""}
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.42 * len(shown) + 1.3), sharey=True, layout="constrained")
     panels = (
         ("One caller: ms per VJP (less is better)", [median(found.one) * 1e3 for found in shown]),
@@ -455,16 +457,17 @@ def chart(field_: list[Contestant], path: Path) -> None:
         bars = axis.barh(
             range(len(shown)), values, color=[colours.get(found.peer.folder, "#4a7fb0") for found in shown]
         )
-        axis.bar_label(bars, [number(value) for value in values], padding=3, fontsize=9)
+        axis.bar_label(bars, [number(value) for value in values], padding=4, fontsize=9)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axis.set_xlim(min(values) / 2, max(values) * 3)
         axis.set_title(title, fontsize=11, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     labels = []
     for found in shown:
-        mark = marks[found.second["verdict"]]
-        labels.append(f"{found.peer.title}\n2nd order: {mark}" if mark else found.peer.title)
+        verdict = found.second["verdict"].partition(";")[0]
+        labels.append(f"{found.peer.title}\n2nd order: {verdict}" if verdict else found.peer.title)
     axes[0].set_yticks(range(len(shown)), labels, fontsize=8.5)
     for label, found in zip(axes[0].get_yticklabels(), shown, strict=True):
         label.set_fontweight("bold" if found.peer.folder == "pullback" else "normal")

@@ -126,10 +126,15 @@ class Contestant:
             return {"verdict": "refused", "detail": f"{how}: {type(error).__name__}: {lines[0][:300]}"}
         found = np.asarray(found, dtype=np.float32).reshape(x.shape)
         right = np.allclose(found, 9 * x**2 * v, rtol=1e-4)
-        detail = getattr(self.client, "PENALTY", "create_graph=True through an autograd.Function around the call")
+        verdict = getattr(self.client, "RIGHT", "right") if right else "silently wrong"
+        if own is None:
+            verdict = f"none; wrapped: {verdict}"
+        detail = getattr(
+            self.client, "PENALTY", "create_graph=True through an autograd.Function written around the call"
+        )
         if not right and np.allclose(found, 3 * x**2 * v, rtol=1e-4):
             detail = f"the second-order term is missing: {detail}"
-        return {"verdict": "right" if right else "silently wrong", "detail": detail}
+        return {"verdict": verdict, "detail": detail}
 
 
 def main() -> None:

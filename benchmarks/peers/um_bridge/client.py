@@ -8,6 +8,7 @@ PACKAGES = ["umbridge", "torch"]
 
 class Client:
     PENALTY = "apply_hessian, which the author of the model writes by hand"
+    RIGHT = "right, written by hand"
 
     def __init__(self, address: str) -> None:
         self.url = f"http://127.0.0.1:{address}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,9 +11,11 @@ from pullback_server.engine import dense, forward_mode, losses, reverse, second
 from pullback_server.engine._names import unknown_name
 from pullback_server.engine.attempt import attempt
 from pullback_server.engine.batches import BatchResult, BatchRun
-from pullback_server.engine.call import Again, Call, out_of_memory
+from pullback_server.engine.call import Again, Call, WritesInputs, out_of_memory, text_of
 from pullback_server.engine.guards import Ambience
 from pullback_server.engine.hosted import HostedModel, build
+from pullback_server.engine.merged import Refused, mergeable, padded, together
+from pullback_server.engine.pieces import InOne, in_pieces, pieceable
 from pullback_server.engine.probe import probe
 from pullback_server.engine.results import EngineResult, Results
 from pullback_server.engine.tuning import settle_batching
@@ -47,6 +50,23 @@ _KINDS: dict[str, Callable[[Call, Results], EngineResult]] = {
 
 def compute(job: Job, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> EngineResult:
     """One attempt at a job. Raises Fault, WritesInputs, Again, and what torch raises when memory runs out."""
+    most = hosted.registration.options.micro_batch
+    if most is not None:
+        with contextlib.suppress(InOne):
+            return in_pieces(job, hosted, tensors, most, _in_one)
+    return _in_one(job, hosted, tensors)
+
+
+def _in_one(job: Job, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> EngineResult:
+    rows = mergeable(job, hosted)
+    if rows and padded(rows, job, hosted) != rows:
+        with contextlib.suppress(Refused, WritesInputs):
+            timings: dict[str, float] = {}
+            (found,) = together([job], hosted, [tensors], timings)
+            if isinstance(found, Fault):
+                raise found
+            found.outcome.timings = timings
+            return found
     results = Results(job)
 
     def work(call: Call) -> EngineResult:
@@ -55,6 +75,12 @@ def compute(job: Job, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> E
         return found
 
     return attempt(job, hosted, lambda: Call(job, hosted, tensors), work)
+
+
+def _fewer(job: Job, hosted: HostedModel, most: int | None) -> int:
+    """How many rows to compute at a time where memory ran out with more; 0: no fewer can be."""
+    rows = pieceable(job, hosted)
+    return min(rows, most or hosted.registration.options.micro_batch or rows) // 2
 
 
 def _rebuilt(hosted: HostedModel) -> HostedModel:
@@ -139,28 +165,42 @@ class Engine:
 
         Raises Fault; WritesInputs when the job must be sent anew with the original bytes and copy_inputs.
         """
-        short_of_memory = False
-        for _ in range(_ATTEMPTS):
+        attempts, splits, shortage = _ATTEMPTS, 0, ""
+        most: int | None = None
+        short_of_memory = self.device.type != "cuda"
+        while attempts:
             hosted = self.find(job.model, job.version)
             try:
-                found = compute(job, hosted, tensors)
+                if most is None:
+                    found = compute(job, hosted, tensors)
+                else:
+                    found = in_pieces(job, hosted, tensors, most, _in_one)
+                self._settle()
             except Again:
+                attempts -= 1
                 continue
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise Fault(Reason.INTERNAL, f"{hosted.owner}: {type(error).__name__}: {error}") from error
-                if short_of_memory or self.device.type != "cuda":
-                    raise Fault(
-                        Reason.OUT_OF_MEMORY, f"{hosted.owner} does not fit the memory of {self.device}: {error}"
-                    ) from error
+                if short_of_memory:
+                    most = _fewer(job, hosted, most)
+                    if not most:
+                        raise self._does_not_fit(hosted, error) from error
+                    splits += 1
                 short_of_memory = True
+                shortage = text_of(error)
+            except InOne:
+                raise self._does_not_fit(hosted, shortage) from None
             else:
-                self._settle()
                 found.outcome.device_memory = self._memory_in_use()
+                found.outcome.splits = splits
                 return found
             # Outside the handler, whose exception would hold on to what is to be freed.
             self._tidy()
         raise Fault(Reason.INTERNAL, f"model {job.model!r}: no attempt of {_ATTEMPTS} came to an end")
+
+    def _does_not_fit(self, hosted: HostedModel, error: object) -> Fault:
+        return Fault(Reason.OUT_OF_MEMORY, f"{hosted.owner} does not fit the memory of {self.device}: {error}")
 
     def run_batch(self, batch: Batch, tensors: Sequence[Sequence[torch.Tensor]]) -> BatchResult:
         """Computes jobs for one function, in one as far as that goes.
