@@ -128,6 +128,10 @@ class Skip(msgspec.Struct, array_like=True, frozen=True, tag="skip"):
     """A member that was not computed, since nobody waits for it any more."""
 
 
+class Alone(msgspec.Struct, array_like=True, frozen=True, tag="alone"):
+    """A member that must be computed by itself, since it could not be computed together with the others."""
+
+
 class Answered(msgspec.Struct, array_like=True, frozen=True, tag="answered"):
     """A member's outcome, and how many of the batch's payloads are its own; its indices begin at 0."""
 
@@ -149,12 +153,12 @@ class BatchOutcome(msgspec.Struct, array_like=True, tag="batch_outcome"):
     """What a batch came to.
 
     members: in the batch's order.
-    merged: how many of them were computed in one; the others were computed alone.
+    merged: how many of them were computed in one.
     refused: why this model's requests must not be merged any more; empty: nothing stands against it.
     splits: how often the rows had to be split because memory ran out.
     """
 
-    members: list[Answered | FaultRecord | Skip]
+    members: list[Answered | FaultRecord | Skip | Alone]
     merged: int
     refused: str = ""
     splits: int = 0

@@ -43,6 +43,9 @@ def settle(parent: int) -> None:
 def choose_device(setup: Setup) -> torch.device:
     """The device of the setup, made the current one. Raises LoadError where it cannot be used."""
     torch.set_num_threads(setup.threads)
+    torch.set_float32_matmul_precision(setup.float32_precision)
+    # Left to itself, cuDNN would convolve in TF32.
+    torch.backends.cudnn.allow_tf32 = setup.float32_precision != "highest"
     device = torch.device(setup.device)
     if device.type == "cuda":
         try:
@@ -63,6 +66,36 @@ def device_memory(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):
             most = min(most, int(Path(limit).read_text()))
     return most
+
+
+def limit_memory(device: torch.device, allowance: int | None) -> None:
+    """Lets the process allocate so many bytes besides what it has; more fails where it is asked for.
+
+    On the CPU the machine's own limit would cost the process, or another one, at a time of the system's choosing.
+    """
+    if allowance is None:
+        return
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        total = device_memory(device)
+        share = (torch.cuda.memory_allocated(device) + allowance) / total
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        return
+    # What the first computation on several threads takes for good is not taken from the allowance.
+    some = torch.ones(512, 512)
+    (some @ some).sum()
+    torch.ones(1 << 20).add_(1)
+    limit = _data_bytes() + allowance
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def _data_bytes() -> int:
+    """Bytes that count against RLIMIT_DATA: private and writable. Shared segments do not."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("this system does not tell how much memory a process has")
 
 
 def load_models(engine: Engine, setup: Setup) -> list[Signature]:

@@ -375,6 +375,8 @@ def text_of(error: BaseException) -> str:
 
 #: What is said where memory ran out: by torch's own allocator, by C++, and by the libraries that torch calls.
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+#: The whole of what oneDNN says; more words mean something else.
+_NO_MEMORY_OF_ONEDNN = ("could not create a primitive", "could not create a memory object")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -382,7 +384,7 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = text_of(error)
-    return any(part in text for part in _NO_MEMORY)
+    return text in _NO_MEMORY_OF_ONEDNN or any(part in text for part in _NO_MEMORY)
 
 
 def model_error(owner: str, error: BaseException) -> Fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -228,6 +229,8 @@ class Engine:
         """Gives back memory that is only kept for later."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
 
     def _memory_in_use(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0

@@ -15,7 +15,7 @@ from pullback_server.engine.records import fault_record
 from pullback_server.engine.results import EngineResult
 from pullback_server.engine.transfer import Piece, Watch, references, tensors_of
 from pullback_server.faults import Fault
-from pullback_server.job import Answered, Batch, BatchOutcome, FaultRecord, Skip
+from pullback_server.job import Alone, Answered, Batch, BatchOutcome, FaultRecord, Skip
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Batches:
         Raises Fault where no member can be computed.
         """
         begin = time.perf_counter()
-        members: list[Answered | FaultRecord | Skip] = [Skip() for _ in batch.members]
+        members: list[Answered | FaultRecord | Skip | Alone] = [Skip() for _ in batch.members]
         live: list[int] = []
         tensors: list[list[torch.Tensor]] = []
         start = 0

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -66,7 +66,10 @@ def detached(error: BaseException) -> Fault:
 
 
 class Member:
-    """One of the jobs: its checks, its results, and what became of it. `number` tells it from the others."""
+    """One of the jobs: its checks, its results, and what became of it. `number` tells it from the others.
+
+    `with` it, its faults are its own.
+    """
 
     def __init__(self, number: int, job: Job, rows: int) -> None:
         self.number = number
@@ -91,13 +94,14 @@ class Member:
         elif self.job.kind == "hvp":
             self.moved = tangents(self.call)
 
-    @contextlib.contextmanager
-    def isolated(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Around what concerns this member alone: its fault is its own."""
-        try:
-            yield
-        except Fault as fault:
-            self.fault = detached(fault)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Fault):
+            self.fault = detached(error)
+            return True
+        return False
 
     def outputs(self, of_all: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Its own among the outputs of a `MergedCall`."""
@@ -161,7 +165,7 @@ class MergedCall(Call):
         # What forward mode cannot do, reverse mode may: a fault of the first attempt at a JVP is nobody's.
         attempted = self.job.kind == "jvp" and self.hosted.forward_mode and self.forwards == 1
         for index, member in enumerate(self.members):
-            with contextlib.nullcontext() if attempted else member.isolated():
+            with contextlib.nullcontext() if attempted else member:
                 own = {name: shares[index] for name, shares in parts.items()}
                 # As the member's own call would, with its own targets.
                 own = member.call.composed(own, member.call.targets)
@@ -194,7 +198,7 @@ def together(
     """
     members = [Member(number, job, mergeable(job, hosted)) for number, job in enumerate(jobs)]
     for member, given in zip(members, tensors, strict=True):
-        with member.isolated():
+        with member:
             member.prepare(hosted, given)
     living = [member for member in members if member.fault is None]
     if living:
@@ -234,7 +238,7 @@ def random_states(hosted: HostedModel) -> list[object]:
 def _evaluate(call: MergedCall) -> None:
     fw = call.forward()
     for member in call.living:
-        with member.isolated():
+        with member:
             outputs = member.outputs(fw.outputs)
             member.results.check_size(outputs, ())
             member.results.add_outputs(outputs)
@@ -244,7 +248,7 @@ def _pulls(call: MergedCall, fw: Forward, check: Callable[[Member, Pull], None])
     """The cotangents of everybody who has some that fit."""
     found = {}
     for member in call.living:
-        with member.isolated():
+        with member:
             pull = member.pull(fw)
             check(member, pull)
             found[member] = pull
@@ -261,7 +265,7 @@ def _vjp(call: MergedCall) -> None:
     values = [value for pull in pulls.values() for value in pull.cotangents]
     found = gradients(call, outputs, fw.wrt, values)
     for member, pull in pulls.items():
-        with member.isolated():
+        with member:
             finish_vjp(member.call, member.results, pull.fw, [member.own(g, call.axis) for g in found])
     call.timings["backward"] = time.perf_counter() - begin
 
@@ -280,7 +284,7 @@ def _hvp(call: MergedCall) -> None:
     count, start = len(fw.wrt), len(fw.wrt)
     for member, pull in pulls.items():
         stop = start + len(pull.cotangents)
-        with member.isolated():
+        with member:
             own = [member.own(gradient, call.axis) for gradient in found]
             check_unused(member.call, own)
             pushed = derived[start:stop]
@@ -299,7 +303,7 @@ def _jvp(call: MergedCall) -> None:
     begin = time.perf_counter()
     outputs, pushed = push(call, _moved(call), lambda *_: None)
     for member in call.living:
-        with member.isolated():
+        with member:
             own, tangents = member.outputs(outputs), {name: pushed[key] for name, key in member.names.items()}
             member.results.check_size(own, [tangent for tangent in tangents.values() if tangent is not None])
             finish_jvp(member.results, own, tangents)

@@ -20,6 +20,8 @@ from pullback_server.engine.reverse import finish_vjp
 from pullback_server.job import GradRef, Job, TensorRef
 
 Tensors = Sequence[torch.Tensor]
+_UNLIMITED = 1 << 62
+
 Compute = Callable[[Job, HostedModel, Tensors], EngineResult]
 
 
@@ -62,7 +64,9 @@ def _apart(
             name: [_cut(ref, given, axis, start, size, sum(sizes)) for ref in getattr(job, name)]
             for name in ("inputs", "cotangents", "tangents")
         }
-        found.append(compute(msgspec.structs.replace(job, **cut), hosted, given))
+        # How much is too much is said of all rows.
+        piece = msgspec.structs.replace(job, max_result_bytes=_UNLIMITED, **cut)
+        found.append(compute(piece, hosted, given))
         if start == 0:
             of_first = sum(tensor.nbytes for tensor in found[0].tensors)
             Results(job).refuse_over(of_first * sum(sizes) // size, "")
@@ -118,6 +122,8 @@ class PieceCall(Call):
         self.sizes = sizes
         self.whole = job
         self._all = self.inputs
+        #: What `wrt` stands for, all rows of it.
+        self.values = self.wrt_values()
 
     def composed(
         self, outputs: dict[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
@@ -243,7 +249,7 @@ def _cotangents(call: PieceCall, results: Results, fw: Forward) -> dict[str, tor
         if name in outputs and differentiable(outputs[name].dtype):
             outputs[name].requires_grad_()
     pull = cotangents(call, Forward(outputs, []))
-    results.check_size(outputs, call.wrt_values())
+    results.check_size(outputs, call.values)
     return dict(zip(pull.names, pull.cotangents, strict=True))
 
 
@@ -262,7 +268,7 @@ def _through_loss(
     if not losses["loss"].requires_grad:
         raise InOne
     pull = cotangents(call, Forward(losses, []))
-    results.check_size(losses, call.wrt_values())
+    results.check_size(losses, call.values)
     by = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
     found = gradients(call, pull.outputs, [*by.values(), *stands.values()], pull.cotangents)
     outputs = {name: gradient for name, gradient in zip(by, found, strict=False) if gradient is not None}

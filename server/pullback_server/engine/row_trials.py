@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.attempt import attempt
@@ -28,6 +27,8 @@ _ROUNDING = {1: 0.1, 2: 1e-2, 4: 1e-7, 8: 2e-16}
 _UNITS = {1: 1, 2: 4, 4: 1000, 8: 1000}
 #: So many times farther than a step of rounding in the inputs takes it.
 _AMPLIFIED = 100
+#: What budgets are measured by: a machine that is busy with other things must not decide what is found out.
+clock = time.thread_time
 #: More elements than this in all inputs make samples in many parts slow.
 _MOST = 1 << 22
 
@@ -40,14 +41,14 @@ class Dependent(Exception):
     """How rows depend on each other."""
 
 
-class _Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the narrowest floating numbers that are computed with."""
+class _Widths(TorchFunctionMode):
+    """Sees the narrowest floating numbers that are computed with. (A dispatch mode would import torch._dynamo.)"""
 
     least = 8
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(tensor, torch.Tensor) and tensor.ndim and differentiable(tensor.dtype):
                 self.least = min(self.least, tensor.itemsize // (2 if tensor.is_complex() else 1))
         return found
@@ -98,7 +99,7 @@ class RowTrial:
         inputs = self._sample(rows)
         job, tensors = self._job("hvp", inputs)
         try:
-            with _Widths() as widths:  # type: ignore[no-untyped-call]
+            with _Widths() as widths:
                 self._outputs = self._connected(job, tensors)
             self._width = widths.least
             before = random_states(self.hosted)
@@ -264,7 +265,7 @@ class RowTrial:
 
     def _run(self, kind: str, inputs: Tensors, v: Tensors | None = None) -> Tensors:
         """Every tensor of a result, by what it is. Raises Fault and RuntimeError where the model fails."""
-        if time.monotonic() > self._deadline:
+        if clock() > self._deadline:
             raise NotProbed("it takes too long to probe")
         t = {}
         if kind in ("hvp", "jvp"):
@@ -393,7 +394,7 @@ class RowTrial:
         return sum(tensor.nbytes for tensor in self._sample(1).values())
 
     def allow(self, deadline: float) -> None:
-        """Lets it go on until then."""
+        """Lets it go on until then, by `clock`."""
         self._deadline = deadline
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from pullback_server.engine.call import out_of_memory
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.row_trials import NotProbed, RowTrial
+from pullback_server.engine.row_trials import NotProbed, RowTrial, clock
 from pullback_server.engine.rows import probe_rows
 from pullback_server.engine.trial import Compute
 from pullback_server.faults import Fault
@@ -44,22 +42,22 @@ def settle_batching(hosted: HostedModel, compute: Compute) -> None:
     if not batching.enabled:
         hosted.batch = BatchRecord(evidence=f"batching is switched off; {evidence}")
         return
-    rows = batching.max_rows
+    rows, most = batching.max_rows, options.micro_batch
     if rows is None:
-        rows, gain = best_rows(trial, batching.max_bytes)
+        rows, gain = best_rows(trial, batching.max_bytes, most or _MOST)
         what = f"{rows} rows are computed {gain:.1f} times as fast as one by one" if rows > 1 else "one row is best"
         evidence = f"{evidence}; {what}"
-    hosted.batch = BatchRecord(rows, batching.max_bytes, batching.max_delay, evidence)
+    hosted.batch = BatchRecord(min(rows, most or rows), batching.max_bytes, batching.max_delay, evidence)
 
 
-def best_rows(trial: RowTrial, max_bytes: int) -> tuple[int, float]:
-    """The rows with the most rows a second, and how many times as many that is as of one row."""
-    begin = time.monotonic()
+def best_rows(trial: RowTrial, max_bytes: int, most: int = _MOST) -> tuple[int, float]:
+    """The rows (`most` at most) with the most rows a second, and how many times as many that is as of one row."""
+    begin = clock()
     trial.allow(begin + _BUDGET)
     bytes_of_row = trial.bytes_of_row()
     found: dict[int, float] = {}
     best, rows = 1, 1
-    while rows <= _MOST and (rows == 1 or rows * bytes_of_row <= max_bytes):
+    while rows <= min(most, _MOST) and (rows == 1 or rows * bytes_of_row <= max_bytes):
         try:
             seconds = trial.seconds_of(rows)
             for _ in range(_REPEATED if seconds < _BUDGET / 30 else 1):
@@ -76,7 +74,7 @@ def best_rows(trial: RowTrial, max_bytes: int) -> tuple[int, float]:
         elif rows >= best << _PATIENCE:
             break
         # The next takes twice as long, several times.
-        if time.monotonic() - begin + 2 * seconds > _BUDGET:
+        if clock() - begin + 2 * seconds > _BUDGET:
             break
         rows *= 2
     return best, (found[best] / found[1] if found else 1.0)

@@ -12,7 +12,7 @@ from pullback_server.faults import Fault
 from pullback_server.fleet.channel import Channel
 from pullback_server.fleet.copying import Copier
 from pullback_server.fleet.reply import Lease, LocalReply
-from pullback_server.fleet.seam import Buffer, WorkerLost
+from pullback_server.fleet.seam import Buffer, Obituary, WorkerLost
 from pullback_server.fleet.upload import Upload
 from pullback_server.fleet.watchdog import Watchdog, Work
 from pullback_server.ipc import messages
@@ -32,7 +32,7 @@ _NOTE_DELAY = 0.05
 class Posted:
     """A job on its way. `transfer`: seconds that writing its bytes took. `uploads`: segments that are its own."""
 
-    __slots__ = ("answer", "job", "number", "segment", "transfer", "uploads")
+    __slots__ = ("answer", "job", "number", "obituary", "segment", "transfer", "uploads")
 
     def __init__(
         self, job: Job | Batch | SessionJob, segment: Segment | None, transfer: float, uploads: Sequence[Segment] = ()
@@ -42,6 +42,7 @@ class Posted:
         self.transfer = transfer
         self.uploads = uploads
         self.number = 0
+        self.obituary: Obituary | None = None
         self.answer: asyncio.Future[LocalReply | messages.Again | Fault | WorkerLost]
         self.answer = asyncio.get_running_loop().create_future()
 
@@ -87,9 +88,13 @@ class Jobs:
     def outstanding(self) -> int:
         return len(self._sent) + self._writing
 
-    async def run(self, job: Job, views: Sequence[memoryview], deadline: float) -> LocalReply | messages.Again:
+    async def run(
+        self, job: Job, views: Sequence[memoryview], deadline: float, obituary: Obituary | None = None
+    ) -> LocalReply | messages.Again:
         """Computes one job once; `Again`: the model wrote into the job's inputs. Otherwise as `seam.Worker.run`."""
-        return await self.answer(await self.post(job, views, deadline))
+        posted = await self.post(job, views, deadline)
+        posted.obituary = obituary
+        return await self.answer(posted)
 
     async def post(
         self,
@@ -301,6 +306,8 @@ class Jobs:
             call.answer.set_result(answer)
         elif isinstance(answer, LocalReply):
             answer.leave()
+        elif isinstance(answer, WorkerLost) and answer.suspect and call.obituary is not None:
+            call.obituary(answer)
         self._on_room()
 
     def _give_back(self, segment: Segment | None) -> None:

@@ -13,7 +13,7 @@ from pullback_server.fleet.copying import Copier
 from pullback_server.fleet.jobs import Jobs, Posted
 from pullback_server.fleet.process import Process, Spawner
 from pullback_server.fleet.reply import LocalReply
-from pullback_server.fleet.seam import StartError, WorkerLost
+from pullback_server.fleet.seam import Obituary, StartError, WorkerLost
 from pullback_server.fleet.upload import Upload
 from pullback_server.fleet.watchdog import Work
 from pullback_server.ipc import messages
@@ -111,11 +111,11 @@ class Link:
             self._process.kill()
 
     def run(
-        self, job: Job, views: Sequence[memoryview], deadline: float
+        self, job: Job, views: Sequence[memoryview], deadline: float, obituary: Obituary | None = None
     ) -> Coroutine[Any, Any, LocalReply | messages.Again]:
         """See `Jobs.run`. Raises WorkerLost at once when the worker is not there."""
         self._check_alive()
-        return self._jobs.run(job, views, deadline)
+        return self._jobs.run(job, views, deadline, obituary)
 
     def post(
         self,

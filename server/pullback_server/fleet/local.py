@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 from collections import Counter
@@ -65,6 +66,8 @@ class LocalFleet:
         self._links: set[Link] = set()
         self._setups: dict[str, messages.Setup] = {}
         self._signatures: Signatures = {}
+        #: What each worker's present process holds.
+        self._held: dict[str, Signatures] = {}
         self._spawner = Spawner()
         # One copy fills a good part of the memory's bandwidth: a few at once are enough.
         self._copier = Copier(max(2, min(8, devices_.cores() // 2)))
@@ -166,7 +169,9 @@ class LocalFleet:
         except StartError:
             await link.close(0.0)
             raise
-        self._signatures = weakest(self._signatures, theirs)
+        self._held[worker.name] = theirs
+        # Of what there is now: what a process promised that is no more binds nobody.
+        self._signatures = functools.reduce(weakest, self._held.values(), {})
         return link, theirs
 
     def _changed(self) -> None:

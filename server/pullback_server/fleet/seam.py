@@ -42,6 +42,9 @@ class WorkerLost(Exception):
         self.overdue = overdue
 
 
+Obituary = Callable[[WorkerLost], None]
+
+
 class Reply(Protocol):
     """A computed job. The payloads may be views of shared memory: leave the context when they have been copied."""
 
@@ -145,9 +148,12 @@ class Worker(Protocol):
     def outstanding(self) -> int:
         """Jobs sent and not yet answered (abandoned ones included until the worker has passed over them)."""
 
-    async def run(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> Reply:
+    async def run(
+        self, job: Job, payloads: Sequence[Buffer], deadline: float, obituary: Obituary | None = None
+    ) -> Reply:
         """Computes one job.
 
+        obituary: called when the worker dies of the job after it was abandoned, so that nobody else would learn of it.
         payloads: the bytes of the job's tensors by index; the caller keeps them unchanged until this returns.
         deadline: on the time.monotonic clock; a job that has not begun by then is not begun.
 

@@ -12,6 +12,8 @@ Work = Job | Batch | SessionJob
 
 #: Seconds between looks; a look costs next to nothing, and a timer for each job would cost more than most jobs.
 _LOOK = 0.1
+#: A look that comes so many seconds late was not late for want of a turn.
+_SUSPENDED = 1.0
 
 
 class Watchdog:
@@ -31,7 +33,7 @@ class Watchdog:
         self._limit_of = limit_of
         self._on_overdue = on_overdue
         self._loop = asyncio.get_running_loop()
-        self._since = 0.0
+        self._since = self._expected = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
 
@@ -39,7 +41,7 @@ class Watchdog:
         """The worker begins with another job."""
         self._since = self._loop.time()
         if self._timer is None and not self._ended:
-            self._timer = self._loop.call_later(_LOOK, self._look)
+            self._look_later()
 
     def end(self) -> None:
         """There is nothing to watch any more."""
@@ -52,9 +54,17 @@ class Watchdog:
         found = self._computing()
         if found is None or self._ended:
             return
-        seconds = self._loop.time() - self._since
+        now = self._loop.time()
+        if now - self._expected > _SUSPENDED:
+            # The machine slept, or everything was stopped: the worker did not compute meanwhile either.
+            self._since += now - self._expected
+        seconds = now - self._since
         if seconds > self._limit_of(found[1]):
             self._ended = True
             self._on_overdue(seconds)
         else:
-            self._timer = self._loop.call_later(_LOOK, self._look)
+            self._look_later()
+
+    def _look_later(self) -> None:
+        self._expected = self._loop.time() + _LOOK
+        self._timer = self._loop.call_later(_LOOK, self._look)

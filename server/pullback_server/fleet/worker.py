@@ -13,7 +13,7 @@ from pullback_server.faults import Fault
 from pullback_server.fleet.jobs import Posted, as_views
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.reply import LocalReply
-from pullback_server.fleet.seam import Buffer, WorkerLost, WorkerState
+from pullback_server.fleet.seam import Buffer, Obituary, WorkerLost, WorkerState
 from pullback_server.fleet.seat import LocalSeat
 from pullback_server.fleet.signatures import Signatures
 from pullback_server.ipc import messages
@@ -93,7 +93,9 @@ class LocalWorker:
         await self._up()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
 
-    async def run(self, job: Job, payloads: Sequence[Buffer], deadline: float) -> LocalReply:
+    async def run(
+        self, job: Job, payloads: Sequence[Buffer], deadline: float, obituary: Obituary | None = None
+    ) -> LocalReply:
         link = self._link
         if link is None or self._state is not WorkerState.READY:
             raise WorkerLost(f"worker {self.name} is not there", suspect=False)
@@ -101,11 +103,11 @@ class LocalWorker:
         key = (job.model, job.version, job.train)
         if key in self._writers and not job.copy_inputs:
             job = msgspec.structs.replace(job, copy_inputs=True)
-        reply = await link.run(job, views, deadline)
+        reply = await link.run(job, views, deadline, obituary)
         if isinstance(reply, messages.Again) and not job.copy_inputs:
             self._writers.add(key)
             # The worker's copy of the bytes is spoilt; `views` are still the caller's own.
-            reply = await link.run(msgspec.structs.replace(job, copy_inputs=True), views, deadline)
+            reply = await link.run(msgspec.structs.replace(job, copy_inputs=True), views, deadline, obituary)
         if isinstance(reply, messages.Again):
             raise Fault(Reason.INTERNAL, f"model {job.model!r} writes into its inputs although they were copied")
         return reply
@@ -172,9 +174,10 @@ class LocalWorker:
     async def _up(self) -> None:
         began = time.monotonic()
         self._set(WorkerState.STARTING)
-        if self._link is not None:
-            self._passed_over += self._link.passed_over
+        before = self._link
         self._link, signatures = await self._launch(self)
+        if before is not None:
+            self._passed_over += before.passed_over
         self._models = {name: set(versions) for name, versions in signatures.items()}
         _log.info("worker %s (pid %s) is ready after %.1f s", self.name, self.pid, time.monotonic() - began)
         # It may have died in the very turn in which it became ready.

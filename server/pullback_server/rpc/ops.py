@@ -7,14 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from pullback_server import ops
 from pullback_server.faults import Fault
 from pullback_server.job import Job, LossCall, TensorRef
 from pullback_server.rpc.catalogue import Catalogue
-from pullback_server.rpc.request import Translator, loss_of, train_of
+from pullback_server.rpc.request import Translator, loss_of, loss_options, train_of
 from pullback_wire import Reason, TensorReader
 from pullback_wire.operations import OPERATIONS
 from pullback_wire.v1 import session_service_pb2 as pb
@@ -140,8 +139,7 @@ class OpTranslator:
                 function.seed if function.HasField("seed") else None,
             )
         if kind == "loss":
-            options = json_format.MessageToDict(call.loss.options) if call.loss.HasField("options") else {}
-            return ops.Loss(LossCall(call.loss.name, options, dict(call.loss.bindings)))
+            return ops.Loss(LossCall(call.loss.name, loss_options(call.loss), dict(call.loss.bindings)))
         if kind == "operation":
             return ops.Operation(call.operation, _options(call.options_json))
         raise Fault(Reason.MALFORMED_REQUEST, "call has no function, loss or operation", "call")

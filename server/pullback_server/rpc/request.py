@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from google.protobuf import json_format
 
@@ -192,8 +192,18 @@ def loss_of(function: function_pb2.Function, view: SignatureView) -> LossCall | 
             f"no loss is called {loss.name!r}; {nearest(loss.name, sorted(view.losses))}",
             "function.loss.name",
         )
-    options = json_format.MessageToDict(loss.options) if loss.HasField("options") else {}
-    return LossCall(loss.name, options, dict(loss.bindings))
+    return LossCall(loss.name, loss_options(loss), dict(loss.bindings))
+
+
+def loss_options(loss: function_pb2.Loss) -> dict[str, Any]:
+    """A loss's options. Raises Fault for numbers that are none."""
+    if not loss.HasField("options"):
+        return {}
+    try:
+        return json_format.MessageToDict(loss.options)
+    # What a Struct can hold and JSON cannot: NaN and infinities.
+    except ValueError as error:
+        raise Fault(Reason.BAD_OPTION, f"function.loss.options: {error}", "function.loss.options") from None
 
 
 def train_of(function: function_pb2.Function) -> bool:

@@ -45,18 +45,25 @@ class DrainRate:
 
     def answered(self) -> None:
         """One more."""
+        self._roll()
         self._count += 1
 
     def measured(self) -> float:
         """Calls per second; 0 while nothing was answered."""
+        elapsed = self._roll()
+        # At the beginning, as far as it goes.
+        return self._rate or (self._count / elapsed if elapsed > 0 else 0.0)
+
+    def _roll(self) -> float:
+        """Begins another window when one is over. Returns the seconds of the present one."""
         now = time.monotonic()
         elapsed = now - self._since
-        if elapsed >= _WINDOW:
-            self._rate = self._count / elapsed
-            self._since, self._count = now, 0
-        elif not self._rate and elapsed > 0:
-            return self._count / elapsed
-        return self._rate
+        if elapsed < _WINDOW:
+            return elapsed
+        # A window in which nothing was asked says nothing of how fast it could have been.
+        self._rate = self._count / elapsed if elapsed < 2 * _WINDOW else 0.0
+        self._since, self._count = now, 0
+        return 0.0
 
     def seconds_for(self, calls: int) -> float:
         """Seconds in which so many calls will have been answered."""
@@ -82,15 +89,13 @@ class Admission:
         """Whether there are as many calls as there may be."""
         return self.calls >= self.limits.calls
 
-    def check(self, caller: str, model: str, size: int, *, one_more: bool = False) -> None:
+    def check(self, caller: str, model: str, size: int) -> None:
         """Whether a call may come in.
-
-        one_more: there is room among the calls in all, since one will leave.
 
         Raises Fault (OVERLOADED; RESULT_TOO_LARGE for more bytes than ever fit).
         """
         limits = self.limits
-        if self.full and not one_more:
+        if self.full:
             raise self._too_many("", self.calls, limits.calls)
         if limits.caller_calls is not None and self.by_caller[caller] >= limits.caller_calls:
             raise self._too_many(" of this caller", self.by_caller[caller], limits.caller_calls)
@@ -113,23 +118,30 @@ class Admission:
         self.bytes += size
         self.by_caller[caller] += 1
         self._model_calls[model] += 1
-        if size:
-            self._caller_bytes[caller] += size
-            self._model_bytes[model] += size
+        self._caller_bytes[caller] += size
+        self._model_bytes[model] += size
 
-    def leave(self, caller: str, model: str, size: int) -> bool:
-        """A call has left. Returns whether its caller has no other."""
+    def largest(self, caller: str) -> str | None:
+        """The caller with the most calls in flight, if it has more than this one would have."""
+        most = max(self.by_caller, key=self.by_caller.__getitem__, default=None)
+        return most if most is not None and self.by_caller[most] > self.by_caller[caller] + 1 else None
+
+    def heaviest(self, caller: str, size: int) -> str | None:
+        """The caller with the most bytes in flight, if it has more than this one would have."""
+        most = max(self._caller_bytes, key=self._caller_bytes.__getitem__, default=None)
+        return most if most is not None and self._caller_bytes[most] > self._caller_bytes[caller] + size else None
+
+    def leave(self, caller: str, model: str, size: int) -> None:
+        """A call has left."""
         self.calls -= 1
         self.bytes -= size
         self._model_calls[model] -= 1
         self._model_bytes[model] -= size
         self.by_caller[caller] -= 1
         self._caller_bytes[caller] -= size
-        if self.by_caller[caller]:
-            return False
-        # Callers come and go; nothing must be left of one that went.
-        del self.by_caller[caller], self._caller_bytes[caller]
-        return True
+        if not self.by_caller[caller]:
+            # Callers come and go; nothing must be left of one that went.
+            del self.by_caller[caller], self._caller_bytes[caller]
 
     def overloaded(self, message: str, calls: int) -> Fault:
         """A refusal that says when `calls` calls will have been answered."""

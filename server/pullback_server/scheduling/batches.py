@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import BatchPending, Buffer, Reply, Worker, WorkerLost
-from pullback_server.job import Answered, Batch, BatchOutcome, FaultRecord, Job, Outcome
+from pullback_server.job import Alone, Answered, Batch, BatchOutcome, FaultRecord, Outcome, Skip
 from pullback_server.scheduling.queue import Ticket
 from pullback_wire import Reason
 
@@ -21,7 +21,10 @@ class ComputeAlone(Exception):
 
 @dataclass
 class Computed:
-    """What a batch came to, for whoever counts. left: members whose callers had gone before they were computed."""
+    """What a batch came to, for whoever counts.
+
+    rows: that were computed. left: members whose callers had gone before.
+    """
 
     outcome: BatchOutcome
     rows: int
@@ -56,22 +59,27 @@ class Merged:
     """A batch on its way. tickets: its members, whose turn has come; their turns are done with their shares."""
 
     def __init__(self, tickets: Sequence[Ticket], shadow: int) -> None:
-        self._tickets = tickets
+        self.tickets = tickets
+        jobs = [ticket.job for ticket in tickets if ticket.job is not None]
+        self.first = jobs[0]
+        self._jobs = jobs
         self.shares = [Share(self, index) for index in range(len(tickets))]
         self._waiting = len(tickets)
         self._shadow = shadow
         self._pending: BatchPending | None = None
         self.task: asyncio.Task[None] | None = None
 
-    @property
-    def rows(self) -> int:
-        return sum(ticket.rows for ticket in self._tickets)
+    async def run(self, worker: Worker, withdrawn: Callable[[], bool]) -> Computed | WorkerLost | None:
+        """Sends the batch and hands out what it came to. None: it came to nothing, which the members were told.
 
-    async def run(self, worker: Worker) -> Computed | None:
-        """Sends the batch and hands out what it came to. None: it came to nothing, which the members were told."""
+        withdrawn: whether it has turned out meanwhile that such jobs must not be merged.
+        """
         try:
-            return await self._run(worker)
-        except (WorkerLost, Fault) as error:
+            return await self._run(worker, withdrawn)
+        except WorkerLost as lost:
+            self._fail(lost)
+            return lost
+        except Fault as error:
             self._fail(error)
         except asyncio.CancelledError:
             # Nobody waits any more; or the server is going.
@@ -82,20 +90,19 @@ class Merged:
             raise
         return None
 
-    async def _run(self, worker: Worker) -> Computed:
-        jobs = [ticket.job for ticket in self._tickets]
+    async def _run(self, worker: Worker, withdrawn: Callable[[], bool]) -> Computed:
         batch = Batch(
-            [job for job in jobs if isinstance(job, Job)],
-            [len(ticket.payloads) for ticket in self._tickets],
-            [ticket.deadline for ticket in self._tickets],
+            self._jobs,
+            [len(ticket.payloads) for ticket in self.tickets],
+            [ticket.deadline for ticket in self.tickets],
             self._shadow,
         )
-        payloads = [payload for ticket in self._tickets for payload in ticket.payloads]
+        payloads = [payload for ticket in self.tickets for payload in ticket.payloads]
         self._pending = await worker.post(batch, payloads, max(batch.deadlines))
         for index, share in enumerate(self.shares):
             if share.answer.done():
                 self._pending.pass_over(index)
-        return self._hand_out(await self._pending.reply())
+        return self._hand_out(await self._pending.reply(), withdrawn())
 
     def left(self, index: int) -> None:
         """The caller of a member has gone."""
@@ -105,30 +112,34 @@ class Merged:
         elif self._pending is not None:
             self._pending.pass_over(index)
 
-    def _hand_out(self, reply: Reply) -> Computed:
+    def _hand_out(self, reply: Reply, withdrawn: bool) -> Computed:
         outcome = reply.outcome
         assert isinstance(outcome, BatchOutcome)
         with contextlib.ExitStack() as stack:
             # Left when the last member has been, also when there is none.
             shared = _Shared(reply)
             stack.callback(shared.leave)
-            offset = left = 0
-            for member, share in zip(outcome.members, self.shares, strict=True):
+            offset = left = rows = 0
+            for member, share, ticket in zip(outcome.members, self.shares, self.tickets, strict=True):
+                fault: Exception
+                rows += 0 if isinstance(member, Skip) else ticket.rows
                 count = member.count if isinstance(member, Answered) else 0
                 payloads = reply.payloads[offset : offset + count]
                 offset += count
-                if isinstance(member, Answered):
+                if isinstance(member, Answered) and not (withdrawn and outcome.merged):
                     if not share.answer.done():
                         share.answer.set_result(MemberReply(member.outcome, payloads, reply.timings, shared))
                     continue
-                if isinstance(member, FaultRecord):
+                if isinstance(member, Answered | Alone):
+                    fault = ComputeAlone("it could not be computed together with others")
+                elif isinstance(member, FaultRecord):
                     fault = Fault(Reason[member.reason], member.message, member.field, member.retry_after)
                 else:
                     left += 1
                     fault = Fault(Reason.DEADLINE_EXCEEDED, "the deadline passed before the call was computed")
                 if not share.answer.done():
                     share.answer.set_exception(fault)
-        return Computed(outcome, self.rows, reply.timings["compute"], left)
+        return Computed(outcome, max(rows, 1), reply.timings["compute"], left)
 
     def _fail(self, error: Exception) -> None:
         told: Exception = error

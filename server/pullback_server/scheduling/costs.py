@@ -11,19 +11,28 @@ _NEWEST = 0.3
 
 
 class Costs:
-    """Seconds of computing per row (of a job whose rows are not counted: per job), by what is computed."""
+    """Seconds of computing per row and per computation, by what is computed."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Hashable, float] = {}
+        self._per_row: dict[Hashable, float] = {}
+        self._per_computation: dict[Hashable, float] = {}
 
     def estimate(self, what: Hashable, rows: int) -> float:
         """Seconds that `rows` rows will take."""
-        return self._seconds.get(what, UNKNOWN) * rows
+        return self._per_row.get(what, UNKNOWN) * rows
+
+    def computation(self, what: Hashable) -> float:
+        """Seconds that one computation takes, of as many rows as it usually has."""
+        return self._per_computation.get(what, UNKNOWN)
 
     def observe(self, what: Hashable, rows: int, seconds: float) -> None:
-        """`rows` rows took so long."""
-        found = seconds / rows
-        known = self._seconds.get(what)
-        # A first call is often slower than all that follow (libraries choose kernels, caches fill), and a slow estimate
-        # would have calls refused: so estimates fall at once, and rise slowly.
-        self._seconds[what] = found if known is None or found < known / 2 else known + _NEWEST * (found - known)
+        """`rows` rows, computed at once, took so long."""
+        _learn(self._per_row, what, seconds / max(rows, 1))
+        _learn(self._per_computation, what, seconds)
+
+
+def _learn(known: dict[Hashable, float], what: Hashable, found: float) -> None:
+    # A first call is often slower than all that follow (libraries choose kernels, caches fill), and a slow estimate
+    # would have calls refused: so estimates fall at once, and rise slowly.
+    before = known.get(what)
+    known[what] = found if before is None or found < before / 2 else before + _NEWEST * (found - before)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from pullback_server.fleet.seam import Buffer, Pending, Reply, Seat, Upload, Worker
 from pullback_server.job import Job
 from pullback_server.ops import SessionJob
-from pullback_server.scheduling.queue import Origin
+from pullback_server.scheduling.queue import Origin, Ticket
 from pullback_server.scheduling.scheduler import Scheduler
 
 
@@ -36,13 +38,13 @@ class Pinned:
         self, job: Job | SessionJob, payloads: Sequence[Buffer], deadline: float, uploads: Sequence[Upload] = ()
     ) -> OnItsWay:
         """Sends an op when its turn has come. Raises Fault, WorkerLost."""
-        await self._scheduler.place_on(self.worker, deadline, self._origin)
+        ticket = await self._scheduler.place_on(self.worker, deadline, self._origin)
         try:
             pending = await self.seat.post(job, payloads, deadline, uploads)
         except BaseException:
-            self._scheduler.release(self.worker)
+            self._scheduler.release(self.worker, ticket, None)
             raise
-        return OnItsWay(self._scheduler, self.worker, pending)
+        return OnItsWay(self._scheduler, self.worker, ticket, pending)
 
     def close(self) -> None:
         """Frees everything that the session holds."""
@@ -52,19 +54,27 @@ class Pinned:
 class OnItsWay:
     """An op that was sent. It has its place until it is answered or `give_up` is called."""
 
-    def __init__(self, scheduler: Scheduler, worker: Worker, pending: Pending) -> None:
+    def __init__(self, scheduler: Scheduler, worker: Worker, ticket: Ticket, pending: Pending) -> None:
         self._scheduler = scheduler
+        self._ticket = ticket
         self._worker: Worker | None = worker
         self._pending = pending
         # The place goes to others as soon as the op is computed, however long its answer is on its way.
-        pending.answered.add_done_callback(lambda _: self.give_up())
+        pending.answered.add_done_callback(self._answered)
 
     async def reply(self) -> Reply:
         """Raises Fault, WorkerLost. Cancelling this abandons the op."""
         return await self._pending.reply()
 
+    def _answered(self, answer: asyncio.Future[Any]) -> None:
+        timings = None if answer.cancelled() else getattr(answer.result(), "timings", None)
+        self._give_back(None if timings is None else timings["compute"])
+
     def give_up(self) -> None:
         """Gives the place back."""
+        self._give_back(None)
+
+    def _give_back(self, seconds: float | None) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            self._scheduler.release(worker)
+            self._scheduler.release(worker, self._ticket, seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -17,8 +18,11 @@ from pullback_wire import Reason
 VICTIMS = 2
 #: Calls remembered; the oldest is forgotten first.
 _MOST = 256
+#: Bytes that are digested on the event loop.
+_AT_ONCE = 1 << 20
 
-_encode = msgspec.msgpack.Encoder().encode
+# In one order, whatever order a caller's options come in.
+_encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 class Quarantine:
@@ -27,42 +31,51 @@ class Quarantine:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         #: By contents: victims, and when that is forgotten.
-        self._known: dict[tuple[str, bytes], tuple[int, float]] = {}
+        self._known: dict[tuple[bytes, bytes], tuple[int, float]] = {}
 
     def __len__(self) -> int:
         return sum(victims >= VICTIMS for victims, _ in self._known.values())
 
-    def check(self, job: Job, payloads: Sequence[Buffer]) -> None:
+    async def check(self, job: Job, payloads: Sequence[Buffer]) -> None:
         """Raises Fault (QUARANTINED)."""
         if not self._known:
             return
-        self._forget()
-        # Contents are digested only where something is held against the model.
-        if any(model == job.model for model, _ in self._known):
-            victims, until = self._known.get(_contents(job, payloads), (0, 0.0))
-            if victims >= VICTIMS:
-                raise Fault(
-                    Reason.QUARANTINED,
-                    f"this very call has cost {victims} workers; it is not tried again for "
-                    f"{until - time.monotonic():.0f} s",
-                )
+        now = time.monotonic()
+        for key in [key for key, (_, until) in self._known.items() if until <= now]:
+            del self._known[key]
+        # Bytes are digested only where all else is that of a call that is held back.
+        asked = _asked(job, payloads)
+        if not any(key[0] == asked and victims >= VICTIMS for key, (victims, _) in self._known.items()):
+            return
+        victims, until = self._known.get((asked, await _brought(payloads)), (0, now))
+        if victims >= VICTIMS:
+            raise Fault(
+                Reason.QUARANTINED,
+                f"this very call has cost {victims} workers; it is not tried again for {until - now:.0f} s",
+            )
 
-    def victim(self, job: Job, payloads: Sequence[Buffer], count: int = 1) -> None:
+    async def victim(self, job: Job, payloads: Sequence[Buffer], count: int = 1) -> None:
         """A worker died of this call, as far as can be told."""
-        key = _contents(job, payloads)
+        key = (_asked(job, payloads), await _brought(payloads))
         victims, _ = self._known.pop(key, (0, 0.0))
         self._known[key] = (victims + count, time.monotonic() + self._seconds)
         while len(self._known) > _MOST:
             del self._known[next(iter(self._known))]
 
-    def _forget(self) -> None:
-        now = time.monotonic()
-        for key in [key for key, (_, until) in self._known.items() if until <= now]:
-            del self._known[key]
+
+def _asked(job: Job, payloads: Sequence[Buffer]) -> bytes:
+    """What a call says of itself, and how much it brings."""
+    return hashlib.blake2b(_encode((job, [len(payload) for payload in payloads])), digest_size=16).digest()
 
 
-def _contents(job: Job, payloads: Sequence[Buffer]) -> tuple[str, bytes]:
-    digest = hashlib.blake2b(_encode(job), digest_size=16)
+async def _brought(payloads: Sequence[Buffer]) -> bytes:
+    if sum(map(len, payloads)) <= _AT_ONCE:
+        return _digest(payloads)
+    return await asyncio.get_running_loop().run_in_executor(None, _digest, payloads)
+
+
+def _digest(payloads: Sequence[Buffer]) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
     for payload in payloads:
-        digest.update(payload)
-    return job.model, digest.digest()
+        found.update(payload)
+    return found.digest()

@@ -1,9 +1,12 @@
 """Who is next: fair across callers, whatever each of them has waiting.
 
 Start-time fair queueing (Goyal, Vin, Cheng 1996). Each ticket gets a start tag S = max(V, F), F being the finish tag
-S + cost / weight of the same flow's latest ticket, and V the start tag of what was served last; the smallest S goes
-first. A flow with a thousand tickets waiting is so far ahead of the clock that another's first ticket goes before most
-of them.
+S + cost / weight of the same caller's latest ticket, and V the start tag of what was served last; the smallest S goes
+first. A caller with a thousand tickets waiting is so far ahead of the clock that another's first ticket goes before
+most of them. Costs are estimates; when a ticket's true cost is known, the difference is charged to its caller.
+
+A caller's urgent tickets have a finish tag of their own besides, so that they do not queue behind its other tickets;
+what they cost is charged to the caller all the same.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pullback_server.fleet.seam import Buffer, Worker
 from pullback_server.job import Job
 
-#: How much more of the workers' time the urgent calls of a caller get than its other ones.
-URGENT_WEIGHT = 8.0
-#: Given-up tickets that a lane may hold whatever else it holds.
+#: Tickets that do not wait any more and that a heap may hold, whatever else it holds.
 _MANY = 64
+#: Finish tags that are kept before those are looked for that say nothing any more.
+_FEW = 1024
 
 
 class Origin(NamedTuple):
@@ -35,16 +39,18 @@ NOBODY = Origin()
 
 
 class Ticket:
-    """Somebody who waits. turn: done when it is his: see `Scheduler`."""
+    """Somebody who waits. turn: done when it is his: see `Scheduler`. kind: what its cost is known by."""
 
     __slots__ = (
-        "arrived", "cost", "deadline", "job", "lane", "number", "origin", "payloads", "rows", "size", "tag", "turn",
+        "arrived", "cost", "deadline", "inside", "job", "kind", "lane", "model", "number", "origin", "payloads",
+        "rerun", "rows", "size", "tag", "turn", "waiting",
     )  # fmt: skip
 
     def __init__(
         self,
         lane: Lane,
         origin: Origin,
+        kind: Hashable,
         cost: float,
         arrived: float,
         deadline: float,
@@ -55,26 +61,66 @@ class Ticket:
     ) -> None:
         self.lane = lane
         self.origin = origin
+        self.kind = kind
         self.cost = cost
         self.arrived = arrived
         self.deadline = deadline
         self.job = job
+        #: Under which it was admitted, if it was; whether it still counts.
+        self.model = None if job is None else job.model
+        self.inside = False
+        #: Whether it is a call that was computed in vain before.
+        self.rerun = False
         self.payloads = payloads
         self.rows = rows
         self.size = size
         self.tag = -1.0
         self.number = 0
+        self.waiting = False
         self.turn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def __lt__(self, other: Ticket) -> bool:
         return (self.tag, self.number) < (other.tag, other.number)
 
 
+class _Heap:
+    """Tickets by tag. Those that do not wait any more stay until they come up, or there are too many of them."""
+
+    def __init__(self) -> None:
+        self._tickets: list[Ticket] = []
+        self._gone = 0
+
+    def push(self, ticket: Ticket) -> None:
+        heapq.heappush(self._tickets, ticket)
+
+    def gone(self) -> None:
+        """One of the tickets does not wait any more."""
+        self._gone += 1
+        if self._gone > _MANY and self._gone > len(self._tickets) // 2:
+            self._tickets = [ticket for ticket in self._tickets if ticket.waiting]
+            heapq.heapify(self._tickets)
+            self._gone = 0
+
+    @property
+    def first(self) -> Ticket | None:
+        tickets = self._tickets
+        while tickets and not tickets[0].waiting:
+            heapq.heappop(tickets)
+            self._gone = max(0, self._gone - 1)
+        return tickets[0] if tickets else None
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return (ticket for ticket in self._tickets if ticket.waiting)
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+
 class Lane:
-    """Tickets that any of the same workers can take: in the order in which they are served.
+    """Tickets that can be served together.
 
     model: name and version that a worker must hold; worker: the only one that will do. One of them is None.
-    max_rows, max_bytes: of tickets that are served together; max_rows 1: one by one.
+    max_rows, max_bytes: of tickets that are served together; max_rows 1: they are served one by one.
     max_delay: seconds that the first may wait for others.
     """
 
@@ -94,45 +140,30 @@ class Lane:
         self.max_bytes = max_bytes
         self.max_delay = max_delay
         self.rows = 0
-        self._heap: list[Ticket] = []
-        self._gone = 0
-
-    def push(self, ticket: Ticket) -> None:
-        heapq.heappush(self._heap, ticket)
-        self.rows += ticket.rows
-
-    def drop(self, ticket: Ticket) -> None:
-        """A ticket was given up. It stays in the heap until it comes up, or until there are too many of its kind."""
-        ticket.job, ticket.payloads = None, ()
-        self._gone += 1
-        if self._gone > _MANY and self._gone > len(self._heap) // 2:
-            self._heap = [waiting for waiting in self._heap if not waiting.turn.done()]
-            heapq.heapify(self._heap)
-            self._gone = 0
+        self.bytes = 0
+        self.tickets = _Heap()
 
     @property
-    def head(self) -> Ticket | None:
-        """The first that still waits."""
-        heap = self._heap
-        while heap and heap[0].turn.done():
-            heapq.heappop(heap)
-        return heap[0] if heap else None
+    def place(self) -> Hashable:
+        """Equal for lanes whose tickets the same workers can take, at any time."""
+        if self.worker is not None:
+            return self.worker.name
+        return (self.model, self.key) if self.max_delay else self.model
 
-    def pop(self) -> Ticket:
-        """Takes the head out. Raises IndexError where nobody waits."""
-        if self.head is None:
-            raise IndexError("nobody waits")
-        return heapq.heappop(self._heap)
+    @property
+    def full(self) -> bool:
+        """Whether there is as much as can be served together."""
+        return self.rows >= self.max_rows or self.bytes >= self.max_bytes
 
     def group(self) -> list[Ticket]:
-        """Takes out the head, and those after it that can be served with it."""
-        first = self.pop()
-        found, rows, size = [first], first.rows, first.size
-        while (ticket := self.head) is not None:
+        """The first ticket, and those after it that can be served with it. They go on waiting."""
+        found: list[Ticket] = []
+        rows = size = 0
+        for ticket in heapq.nsmallest(self.max_rows, self.tickets):
             rows, size = rows + ticket.rows, size + ticket.size
-            if rows > self.max_rows or size > self.max_bytes:
+            if found and (rows > self.max_rows or size > self.max_bytes):
                 break
-            found.append(self.pop())
+            found.append(ticket)
         return found
 
 
@@ -142,8 +173,11 @@ class FairQueue:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
         self._lanes: dict[Hashable, Lane] = {}
+        self._places: dict[Hashable, _Heap] = {}
         self._clock = 0.0
+        #: Finish tags by caller, and of its urgent tickets alone.
         self._finish: dict[Origin, float] = {}
+        self._prune_at = _FEW
         self._numbers = itertools.count()
         self._waiting: dict[str, dict[Ticket, None]] = {}
         self._count = 0
@@ -153,61 +187,96 @@ class FairQueue:
     def __len__(self) -> int:
         return self._count
 
-    def lanes(self) -> Iterator[tuple[Lane, Ticket]]:
-        """Every lane where somebody waits, and who is first there."""
-        for lane in list(self._lanes.values()):
-            head = lane.head
-            if head is None:
-                del self._lanes[lane.key]
+    def firsts(self) -> Iterator[Ticket]:
+        """Who is first, of those that the same workers can take."""
+        for place, heap in list(self._places.items()):
+            first = heap.first
+            if first is None:
+                del self._places[place]
             else:
-                yield lane, head
+                yield first
+
+    def ahead_of(self, ticket: Ticket) -> Iterator[tuple[Lane, list[Ticket]]]:
+        """Who goes before a ticket that was tagged, lane by lane."""
+        for lane in self._lanes.values():
+            ahead = [other for other in lane.tickets if other < ticket]
+            if ahead:
+                yield lane, ahead
 
     def oldest(self) -> float | None:
-        """When the ticket arrived that has waited longest."""
-        return min((t.arrived for tickets in self._waiting.values() for t in tickets), default=None)
+        """When the ticket arrived that has waited longest. May be called from any thread."""
+        return min((t.arrived for tickets in list(self._waiting.values()) for t in list(tickets)), default=None)
+
+    def tag(self, ticket: Ticket) -> None:
+        """Gives a ticket its place in the order; once."""
+        caller, urgent = ticket.origin
+        flow = Origin(caller, urgent)
+        ticket.tag = max(self._clock, self._finish.get(flow, 0.0))
+        ticket.number = next(self._numbers)
+        self._charge(ticket.origin, ticket.cost)
+
+    def settle(self, ticket: Ticket, seconds: float) -> None:
+        """A ticket has cost so much in truth."""
+        self._charge(ticket.origin, seconds - ticket.cost)
+
+    def _charge(self, origin: Origin, cost: float) -> None:
+        part = cost / self._weights.get(origin.caller, 1.0)
+        for flow in {origin, Origin(origin.caller)}:
+            self._finish[flow] = max(self._clock, self._finish.get(flow, 0.0)) + part
+        if len(self._finish) > self._prune_at:
+            # Who is not ahead of the clock begins where it stands.
+            self._finish = {flow: tag for flow, tag in self._finish.items() if tag > self._clock}
+            self._prune_at = max(_FEW, 2 * len(self._finish))
 
     def push(self, ticket: Ticket) -> None:
-        """Somebody waits. Who waits anew (his worker died) keeps his place."""
-        if ticket.tag < 0:
-            origin = ticket.origin
-            weight = self._weights.get(origin.caller, 1.0) * (URGENT_WEIGHT if origin.urgent else 1.0)
-            ticket.tag = max(self._clock, self._finish.get(origin, 0.0))
-            self._finish[origin] = ticket.tag + ticket.cost / weight
-            ticket.number = next(self._numbers)
-        lane = self._lanes.setdefault(ticket.lane.key, ticket.lane)
-        ticket.lane = lane
-        lane.push(ticket)
+        """Somebody waits, who was tagged. Who waits anew (his worker died) keeps his place."""
+        lane = ticket.lane = self._lanes.setdefault(ticket.lane.key, ticket.lane)
+        ticket.waiting = True
+        lane.tickets.push(ticket)
+        lane.rows += ticket.rows
+        lane.bytes += ticket.size
+        self._places.setdefault(lane.place, _Heap()).push(ticket)
         self._waiting.setdefault(ticket.origin.caller, {})[ticket] = None
         self._count += 1
         self.cost += ticket.cost
 
     def out(self, ticket: Ticket) -> None:
         """A ticket does not wait any more: it was served, or given up. Does nothing a second time."""
-        theirs = self._waiting.get(ticket.origin.caller)
-        if theirs is None or ticket not in theirs:
+        if not ticket.waiting:
             return
+        ticket.waiting = False
+        caller, lane = ticket.origin.caller, ticket.lane
+        theirs = self._waiting[caller]
         del theirs[ticket]
         if not theirs:
-            del self._waiting[ticket.origin.caller]
-        ticket.lane.rows -= ticket.rows
+            del self._waiting[caller]
+        lane.rows -= ticket.rows
+        lane.bytes -= ticket.size
+        lane.tickets.gone()
+        if not lane.rows:
+            del self._lanes[lane.key]
+        if (heap := self._places.get(lane.place)) is not None:
+            heap.gone()
         self._count -= 1
-        self.cost -= ticket.cost
-        if not self._count:
-            # Sums of floats drift; and where nobody waits, nobody is ahead of his time.
-            self.cost = 0.0
-            self._finish.clear()
+        # Sums of floats drift; an empty queue costs nothing.
+        self.cost = self.cost - ticket.cost if self._count else 0.0
 
-    def served(self, ticket: Ticket) -> None:
-        """A ticket was served: the clock is now where it started."""
-        self.out(ticket)
-        self._clock = max(self._clock, ticket.tag)
+    def serve(self, tickets: Sequence[Ticket]) -> None:
+        """Tickets are served together: the clock is now where the first of them started."""
+        self._clock = max(self._clock, tickets[0].tag)
+        for ticket in tickets:
+            self.out(ticket)
 
-    def newest_of(self, caller: str) -> Ticket | None:
-        """The ticket of a caller that came last."""
-        theirs = self._waiting.get(caller)
-        return next(reversed(theirs)) if theirs else None
+    def idle(self) -> None:
+        """Nobody waits and nothing is computed: nobody is ahead of his time."""
+        self._finish.clear()
 
-    def forget(self, caller: str) -> None:
-        """A caller has nothing here any more."""
-        for urgent in (False, True):
-            self._finish.pop(Origin(caller, urgent), None)
+    def latest_call_of(self, caller: str) -> Ticket | None:
+        """The call of a caller that came last; ops of sessions are none."""
+        theirs = self._waiting.get(caller, {})
+        return next((ticket for ticket in reversed(theirs) if ticket.job is not None and not ticket.turn.done()), None)
+
+
+def computations(lane: Lane, tickets: Sequence[Ticket]) -> int:
+    """In how many goes tickets of a lane will be served."""
+    return math.ceil(sum(ticket.rows for ticket in tickets) / lane.max_rows) if lane.max_rows > 1 else len(tickets)

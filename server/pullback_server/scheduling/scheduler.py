@@ -7,8 +7,9 @@ import logging
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Buffer, Fleet, Reply, Seat, Worker, WorkerLost, WorkerState
@@ -18,18 +19,20 @@ from pullback_server.scheduling.batches import ComputeAlone, Computed, MemberRep
 from pullback_server.scheduling.costs import UNKNOWN, Costs
 from pullback_server.scheduling.merging import mergeable
 from pullback_server.scheduling.quarantine import VICTIMS, Quarantine
-from pullback_server.scheduling.queue import NOBODY, FairQueue, Lane, Origin, Ticket
+from pullback_server.scheduling.queue import NOBODY, FairQueue, Lane, Origin, Ticket, computations
 from pullback_wire import Reason
 
 logger = logging.getLogger(__name__)
 
 #: Jobs a worker holds at most: one that computes and one whose bytes are already there when it ends.
 STAGED = 2
-#: A worker that will be busy for so many seconds gets no second job yet, since who is next may change until then; unless
-#: the job brings so many bytes that writing them meanwhile is worth it.
+#: A worker that will be busy for so many seconds gets no second job yet, since who is next may change until then;
+#: unless the job brings so many bytes that writing them meanwhile is worth it.
 _LONG, _LARGE = 0.02, 1 << 20
 #: Seconds between looks for a worker that is ready.
 _LOOK_AGAIN = 0.05
+#: Callers of sessions whose ops' costs are remembered.
+_SESSIONS = 1024
 
 
 @dataclass
@@ -90,7 +93,9 @@ class Scheduler:
         self._admission = Admission(policy.limits)
         self._queue = FairQueue(policy.weights)
         self._costs = Costs()
+        self._op_costs: dict[Hashable, float] = {}
         self._quarantine = Quarantine(policy.quarantine_seconds)
+        self._background: set[asyncio.Task[None]] = set()
         # Places promised to jobs that may not have reached their worker yet. A worker's own count has these only from
         # then on, but it also has the abandoned ones.
         self._reserved: Counter[str] = Counter()
@@ -98,7 +103,6 @@ class Scheduler:
         self._load_cost: defaultdict[str, float] = defaultdict(float)
         #: Models whose requests turned out not to be mergeable, whatever was declared and probed.
         self._unmergeable: dict[tuple[str, str], str] = {}
-        self._batches: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         fleet.on_change = self._dispatch
 
@@ -148,48 +152,90 @@ class Scheduler:
         Raises Fault: OVERLOADED, QUARANTINED, DEADLINE_EXCEEDED, HARD_TIMEOUT, WORKER_LOST, or what the worker says of
         the job.
         """
-        size = sum(len(payload) for payload in payloads)
-        self._admit(origin.caller, job.model, size)
+        ticket = self._ticket(job, payloads, deadline, origin)
+        self._admit(ticket)
+        answered = False
         try:
-            self._quarantine.check(job, payloads)
             async with asyncio.timeout_at(deadline):
-                found = await self._attempts(job, payloads, size, deadline, origin)
-            self._admission.rate.answered()
+                await self._quarantine.check(job, payloads)
+                found = await self._attempts(ticket, job, payloads)
+            answered = True
             return found
+        except Fault as fault:
+            # A call that fails has been answered like any other.
+            answered = fault.reason not in (Reason.OVERLOADED, Reason.QUARANTINED, Reason.DEADLINE_EXCEEDED)
+            raise
         except TimeoutError:
             raise Fault(Reason.DEADLINE_EXCEEDED, "the deadline passed before the call was computed") from None
         finally:
-            if self._admission.leave(origin.caller, job.model, size):
-                self._queue.forget(origin.caller)
+            if answered:
+                self._admission.rate.answered()
+            self._leave(ticket)
 
-    def _admit(self, caller: str, model: str, size: int) -> None:
+    def _ticket(self, job: Job, payloads: Sequence[Buffer], deadline: float, origin: Origin) -> Ticket:
+        signature = self._fleet.signatures.get(job.model, {}).get(job.version)
+        lane, rows = self._lane(job, signature)
+        kind = (job.model, job.version, job.kind, lane.max_rows > 1)
+        cost = self._costs.estimate(kind, rows)
+        size = sum(len(payload) for payload in payloads)
+        return Ticket(lane, origin, kind, cost, time.monotonic(), deadline, job, payloads, rows, size)
+
+    def _lane(self, job: Job, signature: Signature | None, *, alone: bool = False) -> tuple[Lane, int]:
+        """Where a job waits, and its rows."""
+        model = (job.model, job.version)
+        if not alone and signature is not None and self._policy.merge and model not in self._unmergeable:
+            found = mergeable(job, signature)
+            if found is not None:
+                batch = signature.batch
+                return Lane(found.key, model, None, batch.max_rows, batch.max_bytes, batch.max_delay), found.rows
+        axis = None if signature is None else signature.batch_axis
+        shape = job.inputs[0].shape if job.inputs else ()
+        rows = shape[axis] if axis is not None and axis < len(shape) else 1
+        return Lane(("alone", model), model, None), max(rows, 1)
+
+    # Coming in and going out.
+
+    def _admit(self, ticket: Ticket) -> None:
         """Raises Fault (OVERLOADED)."""
         admission = self._admission
-        victim = self._crowding(caller) if admission.full else None
-        admission.check(caller, model, size, one_more=victim is not None)
-        if victim is not None:
-            victim.turn.set_exception(
-                admission.overloaded(
-                    f"{admission.calls} calls are in flight, {admission.by_caller[victim.origin.caller]} of them of "
-                    "this caller, and others want in",
-                    (admission.calls + 1) // 2,
-                )
+        caller, size = ticket.origin.caller, ticket.size
+        assert ticket.job is not None
+        # A house that one caller fills is not closed to the others.
+        while admission.full and self._make_room(admission.largest(caller)):
+            pass
+        while admission.bytes + size > admission.limits.bytes and self._make_room(admission.heaviest(caller, size)):
+            pass
+        admission.check(caller, ticket.job.model, size)
+        admission.enter(caller, ticket.job.model, size)
+        ticket.inside = True
+
+    def _make_room(self, caller: str | None) -> bool:
+        """Refuses the latest waiting call of a caller. Returns whether there was one."""
+        victim = None if caller is None else self._queue.latest_call_of(caller)
+        if victim is None:
+            return False
+        self._queue.out(victim)
+        victim.turn.set_exception(
+            self._admission.overloaded(
+                f"the house is full, and others want in: {self._admission.calls} calls with {self._admission.bytes} "
+                f"bytes are in flight, {self._admission.by_caller[caller or '']} of them of this caller",
+                (self._admission.calls + 1) // 2,
             )
-            self._queue.out(victim)
-            victim.lane.drop(victim)
-        admission.enter(caller, model, size)
+        )
+        # Its task may have gone in this very turn, and will not ask.
+        victim.turn.exception()
+        self._leave(victim)
+        return True
 
-    def _crowding(self, caller: str) -> Ticket | None:
-        """The latest call of the caller with the most, if that has more than this one would have.
-
-        A house that one caller fills is not closed to the others.
-        """
-        counts = self._admission.by_caller
-        biggest, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
-        return self._queue.newest_of(biggest) if count > counts.get(caller, 0) + 1 else None
+    def _leave(self, ticket: Ticket) -> None:
+        if ticket.inside and ticket.model is not None:
+            ticket.inside = False
+            self._admission.leave(ticket.origin.caller, ticket.model, ticket.size)
 
     async def sit(self, deadline: float, models: Sequence[tuple[str, str]] = ()) -> tuple[Worker, Seat]:
         """A session's place: on the worker that has the fewest, of those that hold the models.
+
+        models: none: of those that hold most.
 
         Raises Fault (NOT_READY; NOT_ON_SESSION_WORKER where no one worker holds them all).
         """
@@ -197,7 +243,7 @@ class Scheduler:
             holding = [worker for worker in self._fleet.workers if all(worker.holds(*model) for model in models)]
             ready = [worker for worker in holding if worker.state is WorkerState.READY]
             if ready:
-                worker = min(ready, key=lambda one: (len(one.seats), self._load(one)))
+                worker = min(ready, key=lambda one: (-self._held(one), len(one.seats), self._load(one)))
                 try:
                     return worker, worker.open()
                 except WorkerLost:
@@ -211,22 +257,49 @@ class Scheduler:
                 raise Fault(Reason.NOT_READY, "no worker is ready; they are starting", "", 1.0)
             await asyncio.sleep(_LOOK_AGAIN)
 
+    def _held(self, worker: Worker) -> int:
+        """How many models a worker holds."""
+        signatures = self._fleet.signatures
+        return sum(worker.holds(name, version) for name, versions in signatures.items() for version in versions)
+
+    # A session's ops.
+
     def has_place_on(self, worker: Worker) -> bool:
         """Whether `place_on` would return at once."""
         return not self._queue and (worker.state is not WorkerState.READY or self._load(worker) < STAGED)
 
-    async def place_on(self, worker: Worker, deadline: float, origin: Origin = NOBODY) -> None:
+    async def place_on(self, worker: Worker, deadline: float, origin: Origin = NOBODY) -> Ticket:
         """Waits for a place on one worker, which `release` gives back. Raises Fault (DEADLINE_EXCEEDED)."""
-        if self.has_place_on(worker):
-            self._reserve(worker, 0.0)
-            return
+        kind = ("op", worker.name, origin.caller)
         lane = Lane(("worker", worker.name), None, worker)
-        ticket = Ticket(lane, origin, UNKNOWN, time.monotonic(), deadline)
+        ticket = Ticket(lane, origin, kind, self._op_cost(kind), time.monotonic(), deadline)
+        self._queue.tag(ticket)
+        if self.has_place_on(worker):
+            self._reserve(worker, ticket.cost)
+            return ticket
         try:
             async with asyncio.timeout_at(deadline):
                 await self._turn(ticket)
         except TimeoutError:
             raise Fault(Reason.DEADLINE_EXCEEDED, "the op's time passed before a worker could take it") from None
+        return ticket
+
+    def release(self, worker: Worker, ticket: Ticket, seconds: float | None) -> None:
+        """Gives an op's place back. seconds: that it computed, where that is known."""
+        if seconds is not None:
+            self._queue.settle(ticket, seconds)
+            self._learn_op(ticket.kind, seconds)
+        self._release(worker, ticket.cost)
+
+    def _op_cost(self, kind: Hashable) -> float:
+        return self._op_costs.get(kind, UNKNOWN)
+
+    def _learn_op(self, kind: Hashable, seconds: float) -> None:
+        # Sessions come and go; the latest are known.
+        before = self._op_costs.pop(kind, seconds)
+        self._op_costs[kind] = (before + seconds) / 2
+        if len(self._op_costs) > _SESSIONS:
+            del self._op_costs[next(iter(self._op_costs))]
 
     def admit_upload(self, size: int) -> None:
         """Counts bytes that come in by chunks. Raises Fault (OVERLOADED)."""
@@ -239,38 +312,24 @@ class Scheduler:
 
     # One job.
 
-    def _lane(self, job: Job, signature: Signature | None) -> tuple[Lane, int]:
-        """Where a job waits, and the rows it counts for."""
-        model = (job.model, job.version)
-        if signature is not None and self._policy.merge and model not in self._unmergeable:
-            found = mergeable(job, signature)
-            if found is not None:
-                batch = signature.batch
-                return Lane(found.key, model, None, batch.max_rows, batch.max_bytes, batch.max_delay), found.rows
-        return Lane(("alone", model), model, None), 1
-
-    async def _attempts(
-        self, job: Job, payloads: Sequence[Buffer], size: int, deadline: float, origin: Origin
-    ) -> Scheduled:
+    async def _attempts(self, ticket: Ticket, job: Job, payloads: Sequence[Buffer]) -> Scheduled:
         victims = 0
-        arrived = time.monotonic()
         queued = 0.0
-        lane, rows = self._lane(job, self._fleet.signatures.get(job.model, {}).get(job.version))
-        kind = (job.model, job.version, job.kind)
-        cost = self._costs.estimate(kind, rows)
-        ticket = Ticket(lane, origin, cost, arrived, deadline, job, payloads, rows, size)
+        self._queue.tag(ticket)
         while True:
             since = time.monotonic()
-            turn = self._free_worker(ticket) or await self._queued(ticket)
+            turn = self._free_worker(ticket) or await self._queued(ticket, queued)
             queued += time.monotonic() - since
             try:
                 if isinstance(turn, Share):
                     return Scheduled(await turn.reply(), queued)
                 try:
-                    reply = await turn.run(job, payloads, deadline)
+                    reply = await turn.run(job, payloads, ticket.deadline, self._obituary(job, payloads))
                 finally:
-                    self._release(turn, cost)
-                self._costs.observe(kind, rows, reply.timings["compute"])
+                    self._release(turn, ticket.cost)
+                seconds = reply.timings["compute"]
+                self._costs.observe(ticket.kind, ticket.rows, seconds)
+                self._queue.settle(ticket, seconds)
                 if splits := getattr(reply.outcome, "splits", 0):
                     self._tally.split(job.model, splits)
                 return Scheduled(reply, queued)
@@ -278,47 +337,70 @@ class Scheduler:
                 pass
             except WorkerLost as lost:
                 alone = not isinstance(turn, Share)
-                if lost.overdue or lost.suspect:
+                if lost.suspect:
                     victims += 1
                     if alone:
-                        self._tally.killed(job.model, "timeout" if lost.overdue else "died")
-                        self._quarantine.victim(job, payloads)
+                        await self._blame(job, payloads, lost)
                 if lost.overdue and alone:
                     raise Fault(Reason.HARD_TIMEOUT, f"model {job.model!r}: {lost}") from lost
                 if victims >= VICTIMS:
-                    if alone:
-                        # Also where the first one died of a batch.
-                        self._quarantine.victim(job, payloads, VICTIMS)
                     raise Fault(
                         Reason.WORKER_LOST,
                         f"the worker died while it computed this call, and so did the one that retried it: {lost}",
                     ) from lost
                 # The loop must get the chance to learn of the death before the next attempt picks a worker.
                 await asyncio.sleep(0)
-            tag, number = ticket.tag, ticket.number
-            lane, rows = self._lane(job, None)
-            ticket = Ticket(lane, origin, cost, arrived, deadline, job, payloads, rows, size)
-            ticket.tag, ticket.number = tag, number
+            ticket = self._anew(ticket, job, payloads)
 
-    async def _queued(self, ticket: Ticket) -> Worker | Share:
-        """Waits for a turn. Raises Fault (OVERLOADED) when that takes, or will take, too long."""
-        limit = self._policy.limits.queue_seconds
+    def _anew(self, ticket: Ticket, job: Job, payloads: Sequence[Buffer]) -> Ticket:
+        """A ticket for computing a job again, alone, in its old place in the order."""
+        lane, rows = self._lane(job, self._fleet.signatures.get(job.model, {}).get(job.version), alone=True)
+        kind = (job.model, job.version, job.kind, False)
+        again = Ticket(lane, ticket.origin, kind, ticket.cost, ticket.arrived, ticket.deadline, job, payloads, rows)
+        again.size, again.tag, again.number, again.rerun = ticket.size, ticket.tag, ticket.number, True
+        # The admission is that of the first ticket, which `submit` holds.
+        again.model = None
+        return again
+
+    def _obituary(self, job: Job, payloads: Sequence[Buffer]) -> Callable[[WorkerLost], None]:
+        """For the worker that dies of a call whose caller has gone: the next such call should be known."""
+
+        def tell(lost: WorkerLost) -> None:
+            self._do(self._blame(job, payloads, lost))
+
+        return tell
+
+    async def _blame(self, job: Job, payloads: Sequence[Buffer], lost: WorkerLost) -> None:
+        self._tally.killed(job.model, "timeout" if lost.overdue else "died")
+        await self._quarantine.victim(job, payloads)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs something that nobody waits for."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _queued(self, ticket: Ticket, queued: float) -> Worker | Share:
+        """Waits for a turn. queued: seconds it has waited already.
+
+        Raises Fault (OVERLOADED) when that takes, or will take, too long.
+        """
         now = time.monotonic()
-        allowed = ticket.deadline - now
-        if limit is not None:
-            allowed = min(allowed, limit - (now - ticket.arrived))
-        workers = sum(worker.state is WorkerState.READY for worker in self._fleet.workers)
-        expected = self._queue.cost / workers if workers else 0.0
-        if expected > allowed:
+        limit = self._policy.limits.queue_seconds
+        allowed = ticket.deadline - now if limit is None else min(ticket.deadline - now, limit - queued)
+        # Who has been computed once, in vain, came in long ago.
+        if not ticket.rerun and (expected := self._expected(ticket, allowed)) > allowed:
             raise self._admission.overloaded(
-                f"{len(self._queue)} calls wait, which will take about {expected:.2f} s; this one has {allowed:.2f} s",
+                f"{len(self._queue)} calls wait, and those before this one will take about {expected:.2f} s; it has "
+                f"{allowed:.2f} s",
                 len(self._queue),
             )
         try:
-            if limit is None or ticket.arrived + limit >= ticket.deadline:
+            if limit is None or now + limit - queued >= ticket.deadline:
                 return await self._turn(ticket)
             try:
-                async with asyncio.timeout_at(ticket.arrived + limit):
+                async with asyncio.timeout_at(now + limit - queued):
                     return await self._turn(ticket)
             except TimeoutError:
                 raise self._admission.overloaded(
@@ -329,32 +411,51 @@ class Scheduler:
             self._tally.dropped("queue")
             raise
 
+    def _expected(self, ticket: Ticket, allowed: float) -> float:
+        """Seconds until a ticket's turn comes, roughly; 0 where there is no doubt that it comes soon enough."""
+        model = ticket.lane.model or ("", "")
+        mine = [one for one in self._fleet.workers if one.state is WorkerState.READY and one.holds(*model)]
+        if not mine or self._queue.cost / len(mine) <= allowed:
+            return 0.0
+        total = 0.0
+        for lane, ahead in self._queue.ahead_of(ticket):
+            if any(one is lane.worker if lane.model is None else one.holds(*lane.model) for one in mine):
+                cost = sum(other.cost for other in ahead)
+                if lane.max_rows > 1:
+                    cost = min(cost, computations(lane, ahead) * self._costs.computation(ahead[0].kind))
+                total += cost
+        return total / len(mine)
+
     # Places and turns.
 
     def _free_worker(self, ticket: Ticket) -> Worker | None:
         """Reserves a place on the least busy worker, if nobody waits for one and there is one."""
         if self._queue or (ticket.lane.max_delay and ticket.lane.max_rows > ticket.rows):
             return None
-        worker = self._least_busy(ticket.lane, ticket)
+        worker = self._least_busy(ticket)
         if worker is not None:
             self._reserve(worker, ticket.cost)
         return worker
 
-    def _least_busy(self, lane: Lane, head: Ticket) -> Worker | None:
-        """A worker with a place for the first that waits in a lane."""
+    def _least_busy(self, ticket: Ticket) -> Worker | None:
+        """A worker with a place for a ticket."""
+        lane = ticket.lane
         if lane.worker is not None:
             # A dead one too: what is sent there fails at once, and says why.
             worker = lane.worker
             return worker if worker.state is not WorkerState.READY or self._load(worker) < STAGED else None
         best: Worker | None = None
-        least = (float("inf"), STAGED)
+        least = (1, float("inf"), STAGED)
         for worker in self._fleet.workers:
-            if worker.state is WorkerState.READY and worker.holds(*(lane.model or ("", ""))):
-                load, cost = self._load(worker), self._load_cost[worker.name]
-                if load and cost > _LONG and head.size < _LARGE:
-                    continue
-                if load < STAGED and (cost, load) < least:
-                    best, least = worker, (cost, load)
+            if worker.state is not WorkerState.READY or not worker.holds(*(lane.model or ("", ""))):
+                continue
+            load, cost = self._load(worker), self._load_cost[worker.name]
+            # Of what it still computes for somebody who has gone, nothing is known.
+            abandoned = worker.outstanding > self._reserved[worker.name]
+            if load >= STAGED or (load and (cost > _LONG or abandoned) and ticket.size < _LARGE):
+                continue
+            if (busy := (int(abandoned), cost, load)) < least:
+                best, least = worker, busy
         return best
 
     def _reserve(self, worker: Worker, cost: float) -> None:
@@ -373,46 +474,49 @@ class Scheduler:
             return turn
         except asyncio.CancelledError:
             # A turn may have come in the very turn of the loop in which the caller went away.
-            if ticket.turn.cancelled() or ticket.turn.exception() is not None:
-                self._queue.out(ticket)
-                ticket.lane.drop(ticket)
-            elif isinstance(turn := ticket.turn.result(), Share):
-                turn.answer.cancel()
-                turn.batch.left(turn.index)
-            else:
-                self._release(turn, ticket.cost if ticket.job is not None else 0.0)
+            self._queue.out(ticket)
+            if not ticket.turn.cancelled() and ticket.turn.exception() is None:
+                turn = ticket.turn.result()
+                if isinstance(turn, Share):
+                    turn.answer.cancel()
+                    turn.batch.left(turn.index)
+                else:
+                    self._release(turn, ticket.cost)
             raise
-
-    def release(self, worker: Worker) -> None:
-        """Gives a place back."""
-        self._release(worker, 0.0)
 
     def _release(self, worker: Worker, cost: float) -> None:
         self._reserved[worker.name] -= 1
         # Sums of floats drift; a worker without work costs nothing.
         self._load_cost[worker.name] = self._load_cost[worker.name] - cost if self._reserved[worker.name] else 0.0
-        self._dispatch()
+        if self._queue:
+            self._dispatch()
+        elif not any(self._reserved.values()):
+            self._queue.idle()
 
     def _dispatch(self) -> None:
-        while self._queue:
+        while self._queue and self._has_place():
             now = time.monotonic()
             first: Ticket | None = None
-            best: tuple[Lane, Worker] | None = None
-            for lane, head in self._queue.lanes():
-                if first is not None and not head < first:
+            found: Worker | None = None
+            for ticket in self._queue.firsts():
+                if first is not None and not ticket < first:
                     continue
-                worker = self._least_busy(lane, head)
-                if worker is not None and self._is_due(lane, head, now):
-                    first, best = head, (lane, worker)
-            if best is None:
+                worker = self._least_busy(ticket)
+                if worker is not None and self._is_due(ticket, now):
+                    first, found = ticket, worker
+            if first is None or found is None:
                 return
-            self._serve(*best)
+            self._serve(first, found)
 
-    def _is_due(self, lane: Lane, head: Ticket, now: float) -> bool:
-        """Whether the head of a lane may be served now; where it should wait for others, sees to it that it is asked
-        again."""
-        due = head.arrived + lane.max_delay
-        if not lane.max_delay or lane.rows >= lane.max_rows or now >= due:
+    def _has_place(self) -> bool:
+        """Whether any worker may have a place for anything."""
+        return any(one.state is not WorkerState.READY or self._load(one) < STAGED for one in self._fleet.workers)
+
+    def _is_due(self, ticket: Ticket, now: float) -> bool:
+        """Whether a ticket may be served now; where it should wait for others, sees to it that it is asked again."""
+        lane = ticket.lane
+        due = ticket.arrived + lane.max_delay
+        if not lane.max_delay or lane.full or now >= due or ticket.rerun:
             return True
         loop = asyncio.get_running_loop()
         if self._timer is None or self._timer.when() > loop.time() + due - now:
@@ -425,42 +529,48 @@ class Scheduler:
         self._timer = None
         self._dispatch()
 
-    def _serve(self, lane: Lane, worker: Worker) -> None:
-        tickets = lane.group() if lane.max_rows > 1 else [lane.pop()]
-        for ticket in tickets:
-            self._queue.served(ticket)
+    def _serve(self, first: Ticket, worker: Worker) -> None:
+        lane = first.lane
+        merge = lane.max_rows > 1 and lane.model not in self._unmergeable
+        tickets = lane.group() if merge else [first]
+        self._queue.serve(tickets)
         if len(tickets) == 1:
-            self._reserve(worker, tickets[0].cost if tickets[0].job is not None else 0.0)
-            tickets[0].turn.set_result(worker)
+            self._reserve(worker, first.cost)
+            first.turn.set_result(worker)
             return
         shadow = random.randrange(len(tickets)) if random.random() < self._policy.shadow_share else -1
         batch = Merged(tickets, shadow)
         cost = sum(ticket.cost for ticket in tickets)
         self._reserve(worker, cost)
-        first = tickets[0].job
-        assert first is not None
-        batch.task = asyncio.create_task(self._run_batch(batch, worker, first, cost))
-        self._batches.add(batch.task)
-        batch.task.add_done_callback(self._batches.discard)
+        batch.task = self._do(self._run_batch(batch, worker, cost))
         for ticket, share in zip(tickets, batch.shares, strict=True):
             ticket.turn.set_result(share)
 
-    async def _run_batch(self, batch: Merged, worker: Worker, first: Job, cost: float) -> None:
+    # Batches.
+
+    async def _run_batch(self, batch: Merged, worker: Worker, cost: float) -> None:
+        model = (batch.first.model, batch.first.version)
         try:
-            computed = await batch.run(worker)
+            computed = await batch.run(worker, lambda: model in self._unmergeable)
         except asyncio.CancelledError:
             raise
         except Exception:
-            logger.exception("a batch for model %r failed inside the server", first.model)
+            logger.exception("a batch for model %r failed inside the server", batch.first.model)
             return
         finally:
             self._release(worker, cost)
-        if computed is not None:
-            self._note(first, computed)
+        if isinstance(computed, WorkerLost):
+            if computed.suspect:
+                self._tally.killed(batch.first.model, "timeout" if computed.overdue else "died")
+        elif computed is not None:
+            self._note(batch, computed)
 
-    def _note(self, first: Job, computed: Computed) -> None:
-        outcome = computed.outcome
-        self._costs.observe((first.model, first.version, first.kind), computed.rows, computed.seconds)
+    def _note(self, batch: Merged, computed: Computed) -> None:
+        outcome, first = computed.outcome, batch.first
+        for ticket in batch.tickets:
+            self._queue.settle(ticket, computed.seconds * ticket.rows / computed.rows)
+        if outcome.merged:
+            self._costs.observe(batch.tickets[0].kind, computed.rows, computed.seconds)
         self._tally.batch(
             first.model, computed.rows, outcome.merged, len(outcome.members) - outcome.merged - computed.left
         )
