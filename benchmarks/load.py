@@ -5,6 +5,7 @@ input and output.
 """
 
 import asyncio
+import importlib
 import pickle
 import subprocess
 import sys
@@ -59,11 +60,26 @@ class Called:
 
 @dataclass(frozen=True)
 class Local:
-    """VJPs with respect to the input of a model of models.py, one after the other."""
+    """VJPs with respect to the input of a model, one after the other.
+
+    module: which registers the model under `model`; its first input's first extent is the rows.
+    copies: whether inputs come from the host's memory, and outputs and gradients go there, each time.
+    """
 
     model: str
     rows: int
     seconds: float
+    module: str = "models"
+    device: str = "cpu"
+    copies: bool = False
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What local VJPs came to. rate: rows per second; cpu: seconds of processor per row."""
+
+    rate: float
+    cpu: float
 
 
 class Helper:
@@ -92,10 +108,10 @@ class Helper:
         assert isinstance(found, Called)
         return found
 
-    def compute(self, work: Local) -> float:
-        """Rows per second."""
+    def compute(self, work: Local) -> Computed:
+        """Computes locally."""
         found = self._do(work)
-        assert isinstance(found, float)
+        assert isinstance(found, Computed)
         return found
 
     def _do(self, work: object) -> object:
@@ -146,35 +162,56 @@ async def _calls(work: Calls) -> Called:
     return Called(len(latencies) / work.seconds, sorted(latencies), count, cpu, failed)
 
 
-def _local(work: Local) -> float:
-    import models
-    import torch
-
+def registered(name: str, module: str = "models") -> tuple[Any, tuple[int | str, ...]]:
+    """The factory of a model with one input, and that input's shape."""
     from pullback_server.hosting.spec import registrations_of
 
+    for factory in vars(importlib.import_module(module)).values():
+        for registration in registrations_of(factory):
+            if registration.name == name:
+                (record,) = registration.inputs.values()
+                assert record.shape is not None
+                return factory, record.shape
+    raise LookupError(f"{module}.py registers no model {name!r}")
+
+
+def _local(work: Local) -> Computed:
+    import torch
+
     torch.set_num_threads(1)
-    factory = getattr(models, work.model)
-    (registration,) = registrations_of(factory)
-    (record,) = registration.inputs.values()
-    assert record.shape is not None
-    module = factory()
-    shape = [extent if isinstance(extent, int) else work.rows for extent in record.shape]
-    x = torch.randn(shape, requires_grad=True)
-    v = torch.randn_like(module(x))
+    factory, extents = registered(work.model, work.module)
+    module = factory().to(work.device)
+    shape = [extent if isinstance(extent, int) else work.rows for extent in extents]
+    cuda = work.device != "cpu"
+    x = torch.randn(shape, pin_memory=cuda)
+    there = x.to(work.device).requires_grad_()
+    v = torch.randn(module(there).shape, pin_memory=cuda)
+    v_there = v.to(work.device)
 
     def vjp() -> None:
-        torch.autograd.grad(module(x), x, v)
+        leaf, cotangent = there, v_there
+        if work.copies:
+            leaf = x.to(work.device, non_blocking=True).requires_grad_()
+            cotangent = v.to(work.device, non_blocking=True)
+        output = module(leaf)
+        (gradient,) = torch.autograd.grad(output, leaf, cotangent)
+        if work.copies:
+            gradient.cpu(), output.detach().cpu()
+        elif cuda:
+            torch.cuda.synchronize()
 
     until = time.perf_counter() + work.seconds / 4
     while time.perf_counter() < until:
         vjp()
+    cpu = time.process_time()
     begin = now = time.perf_counter()
     times = 0
     while now - begin < work.seconds:
         vjp()
         times += 1
         now = time.perf_counter()
-    return times * work.rows / (now - begin)
+    rows = times * work.rows
+    return Computed(rows / (now - begin), (time.process_time() - cpu) / rows)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ benchmarks/peers/RESULTS.md and benchmarks/peers/chart.png. Run: python benchmar
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -48,12 +49,14 @@ class Peer:
     title: str
     note: str = ""
     own_venv: bool = True
-    # After the interpreter; {port} and {metrics} are free ports. None: there is no server.
+    # After the interpreter; {port} and {other} are free ports. None: there is no server.
     server: tuple[str, ...] | None = ("server.py", "{port}")
     environment: dict[str, str] = field(default_factory=dict)
-    # Where clients connect to: a port, or what the server prints after ADDRESS.
-    port: str = "{port}"
+    # Where clients connect to: this, or what the server prints after ADDRESS.
+    address: str = "{port}"
     announces: bool = False
+    # Sockets that it leaves in the folder for temporary files, whatever way it ends.
+    leaves: str = ""
 
 
 CONTESTANTS = [
@@ -82,12 +85,16 @@ CONTESTANTS = [
         "torch RPC",
         "`rpc_sync` of a VJP function; TensorPipe over TCP; one agent for all callers, calls run in threads",
         own_venv=False,
+        server=("server.py", "{rendezvous}"),
+        address="{rendezvous}",
     ),
     Peer(
         "dist_autograd",
         "torch dist_autograd",
         "forward by `rpc_sync`, then `dist_autograd.backward`; otherwise as torch RPC",
         own_venv=False,
+        server=("server.py", "{rendezvous}"),
+        address="{rendezvous}",
     ),
     Peer("fastapi", "FastAPI", "uvicorn; bodies by `torch.save`; httpx"),
     Peer("mosec", "mosec", "batches of up to 16 calls, waits 1 ms; msgpack; httpx"),
@@ -98,14 +105,15 @@ CONTESTANTS = [
         server=("server.py", "{port}", "{other}"),
         # Triton's Python backend loads libpython; without this it may find the system's, of another patch version than
         # the standard library of this interpreter, and fails.
-        environment={"LD_LIBRARY_PATH": "{libraries}"},
-        port="{other}",
+        environment={"LD_LIBRARY_PATH": "{libraries}", "PYTRITON_HOME": "{scratch}"},
+        address="{other}",
     ),
     Peer(
         "hivemind",
         "hivemind",
         "`RemoteExpert`; forward and backward are two calls; libp2p, encrypted; batches",
         announces=True,
+        leaves="hivemind-p2p*.sock",
     ),
     Peer(
         "tesseract",
@@ -166,16 +174,26 @@ def end(process: subprocess.Popen[Any]) -> None:
         family = [*psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         family = []
+    if process.stdin is not None:
+        # Clients and the echo server end when this does, and clear up behind them.
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
     process.terminate()
     try:
         process.wait(15)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(15)
-    _, left = psutil.wait_procs(family, timeout=2)
-    for child in left:
-        child.kill()
-    psutil.wait_procs(left, timeout=5)
+    # torch's manager of shared memory goes, and removes what it manages, after those that it serves.
+    _, left = psutil.wait_procs(family, timeout=3)
+    for served in (True, False):
+        for child in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not (served and child.name().startswith("torch_shm")):
+                    child.kill()
+        _, left = psutil.wait_procs(left, timeout=5)
 
 
 class Lines:
@@ -224,20 +242,31 @@ class Contestant:
         folder = PEERS / self.peer.folder
         # The numbers of threads are what `workload` and `--threads 1` set, for libraries that look here instead.
         variables = os.environ | {"PYTHONPATH": str(COMMON), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        port, other = free_port(), free_port()
+        variables["TMPDIR"] = str(scratch)
         self.log = scratch / f"{self.peer.folder}.log"
         with ExitStack() as stack:
-            address = self.peer.port.format(port=port, other=other)
+            if self.peer.leaves:
+                place = Path(tempfile.gettempdir())
+                there = set(place.glob(self.peer.leaves))
+                stack.callback(lambda: [left.unlink() for left in set(place.glob(self.peer.leaves)) - there])
+            named = {
+                "port": str(free_port()),
+                "other": str(free_port()),
+                "folder": str(folder),
+                "scratch": str(scratch),
+                "rendezvous": str(scratch / f"{self.peer.folder}.rendezvous"),
+                "libraries": str(sysconfig.get_config_var("LIBDIR")),
+            }
+            address = self.peer.address.format(**named)
             if self.peer.server is not None:
-                words = [word.format(port=port, other=other) for word in self.peer.server]
-                named = {"folder": folder, "scratch": scratch, "libraries": sysconfig.get_config_var("LIBDIR")}
+                words = [word.format(**named) for word in self.peer.server]
                 own = {name: value.format(**named) for name, value in self.peer.environment.items()}
                 errors = stack.enter_context(self.log.open("w"))
                 server = subprocess.Popen(
                     [str(python), *words],
                     cwd=folder,
                     env=variables | own,
-                    stdin=subprocess.PIPE,
+                    stdin=subprocess.PIPE if self.peer.folder == "raw_grpc" else subprocess.DEVNULL,
                     stdout=subprocess.PIPE if self.peer.announces else errors,
                     stderr=errors,
                     text=True,
@@ -527,6 +556,8 @@ def main() -> None:
                     print(f"--- {contestant.peer.title}: {contestant.failure}\n{tail}", file=sys.stderr)
     text = report(field_, arguments.rounds)
     print(f"\n{text}\n\n{time.monotonic() - began:.0f} s")
+    if any(found.failure for found in field_ if found.peer.folder == "pullback"):
+        raise SystemExit("Pullback itself was not measured; nothing is written")
     if not arguments.only:
         (PEERS / "RESULTS.md").write_text(text + "\n")
         chart(field_, PEERS / "chart.png")

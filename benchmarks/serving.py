@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pullback as pb
 
 HERE = Path(__file__).parent
+#: Seconds in which a server must serve; models may be compiled meanwhile.
+START_SECONDS = 600
 
 
 class Running(NamedTuple):
@@ -84,13 +86,16 @@ def pullback_server(*arguments: str) -> Iterator[Running]:
     process = subprocess.Popen(command)
     try:
         with pb.connect(f"127.0.0.1:{port}", timeout=2) as client:
-            for _ in range(600):
+            until = time.monotonic() + START_SECONDS
+            while True:
                 if process.poll() is not None:
                     raise SystemExit(f"the server ended with status {process.returncode}")
                 try:
                     client.ping()
                     break
                 except pb.errors.PullbackError:
+                    if time.monotonic() > until:
+                        raise SystemExit(f"the server does not serve after {START_SECONDS} s") from None
                     time.sleep(0.1)
         yield Running(f"127.0.0.1:{port}", process, f"http://127.0.0.1:{metrics_port}/metrics")
     finally:

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import grpc
-import models
 import numpy as np
 import psutil
 import torch
-from load import Called, Calls, Helper, Local
+from load import Called, Calls, Computed, Helper, Local, registered
 from serving import HERE, Running, child_process, pullback_server
 
-from pullback_server.hosting.spec import registrations_of
+import pullback as pb
 from pullback_wire import GRADIENT_METHODS, TensorReader, TensorWriter, decode, encode_message
 from pullback_wire.v1 import gradient_service_pb2 as messages
 from pullback_wire.v1.function_pb2 import Function
@@ -53,12 +52,9 @@ class Case:
 
 
 def case_of(name: str) -> Case:
-    factory = getattr(models, name)
-    (registration,) = registrations_of(factory)
-    (record,) = registration.inputs.values()
-    assert record.shape is not None
+    factory, shape = registered(name)
     torch.manual_seed(1)
-    x = torch.randn([ROWS if isinstance(extent, str) else extent for extent in record.shape])
+    x = torch.randn([ROWS if isinstance(extent, str) else extent for extent in shape])
     module = factory()
     v = torch.randn_like(module(x))
 
@@ -169,11 +165,11 @@ def measure(
 ) -> None:
     """Measures one model and prints what it came to."""
     seen = {(name, count): Seen() for count in CALLERS for name in contestants}
-    own: dict[int, list[float]] = {1: [], ROWS: []}
+    own: dict[int, list[Computed]] = {1: [], ROWS: []}
     with callers() as helper:
         for _ in range(rounds):
-            for rows, rates in own.items():
-                rates.append(local.compute(Local(case.model, rows, _LOCAL)))
+            for rows, found in own.items():
+                found.append(local.compute(Local(case.model, rows, _LOCAL)))
             for count in CALLERS:
                 # Where it matters most, longest.
                 seconds = span if count == CALLERS[-1] else span / 3
@@ -182,7 +178,8 @@ def measure(
     report(case, seen, own)
 
 
-def report(case: Case, seen: dict[tuple[str, int], Seen], own: dict[int, list[float]]) -> None:
+def report(case: Case, seen: dict[tuple[str, int], Seen], computed: dict[int, list[Computed]]) -> None:
+    own = {rows: [one.rate for one in found] for rows, found in computed.items()}
     gain = ratio(own[ROWS], own[1])
     print(f"  in process, rows/s: batch {ROWS} {median(own[ROWS]):.0f}, batch 1 {median(own[1]):.0f}: gain {gain:.1f}")
     print(
@@ -205,8 +202,22 @@ def report(case: Case, seen: dict[tuple[str, int], Seen], own: dict[int, list[fl
         f"  {most} callers: Pullback / min(local batch {ROWS}, echo)  {ratio(merged, ceiling):.2f}   ({limit} is less)"
     )
     print(f"  {most} callers: gain of merging {gained:.2f}, / gain in process  {gained / gain:.2f}")
-    reachable = ratio(ceiling, alone)
-    print(f"  {most} callers: the same / what the ceiling leaves ({reachable:.2f})  {gained / reachable:.2f}")
+    for name in (ECHO, MERGED, ALONE):
+        one = seen[name, most]
+        busy_of = ", ".join(
+            f"{who} {median(a * b for a, b in zip(values, one.rates, strict=True)):.0%}"
+            for who, values in one.cpu.items()
+        )
+        print(f"  {most} callers, {name}: of one processor take {busy_of}")
+    # Where others use the processors too, rates say little; this still does.
+    spent = {
+        name: [sum(parts) for parts in zip(*seen[name, most].cpu.values(), strict=True)] for name in (MERGED, ECHO)
+    }
+    floor = [echo + one.cpu for echo, one in zip(spent[ECHO], computed[ROWS], strict=True)]
+    print(
+        f"  {most} callers: CPU per call, callers included: {median(spent[MERGED]) * 1e6:.0f} µs, "
+        f"echo and local batch {ROWS} {median(floor) * 1e6:.0f} µs: floor / Pullback  {ratio(floor, spent[MERGED]):.2f}"
+    )
 
 
 def worker_of(server: Running) -> dict[str, psutil.Process]:
@@ -238,9 +249,12 @@ def main() -> None:
             length = check(case, on.target)
             check(case, off.target)
             rows, computed = batch_rows(on.metrics, name)
+            with pb.connect(on.target) as client:
+                most = client.model(name).info.max_batch_rows
             print(
-                f"\n{name}: {models.__dict__[name].__doc__} {len(case.requests[0])} bytes there, {length} back. "
-                f"{ROWS} unique calls at once are right ({rows:.0f} rows in {computed:.0f} merged computations)"
+                f"\n{name}: {registered(name)[0].__doc__} {len(case.requests[0])} bytes there, {length} back. "
+                f"{ROWS} unique calls at once are right ({rows:.0f} rows in {computed:.0f} merged computations). "
+                f"At most {most} rows are merged"
             )
             contestants = {
                 ECHO: Contestant(echo.target, f"/echo/{length}", {"echo": psutil.Process(echo.process.pid)}),

@@ -449,3 +449,168 @@ def test_members_that_must_go_alone(host: Any) -> None:
         small("vjp", 4),
     ]
     check(host, made, merges=2)
+
+
+# One request, piece by piece.
+
+
+class Wide(nn.Module):
+    """Notes how many rows it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape[0])
+        found: Tensor = self.layers(x)
+        return found
+
+
+def wide(**options: Any) -> Any:
+    # Both have the same weights: loading begins at a seed of the model's name.
+    return jobs.host_factory(Wide, inputs={"x": spec("float64", ["n", 3])}, batch_axis=0, options=Options(**options))
+
+
+PIECES: list[tuple[str, dict[str, Any]]] = [
+    ("evaluate", {}),
+    ("evaluate", {"parameters": {"layers.0.bias": real(5)}}),
+    ("vjp", {"wrt": ["x"]}),
+    ("vjp", {"wrt": ["x"], "return_outputs": False, "max_norm": 0.1}),
+    ("vjp", {"wrt": ["param:layers.0.weight", "x", "param:layers.2.bias"]}),
+    ("vjp", {"wrt": ["param:layers.0.bias"], "parameters": {"layers.0.bias": real(5), "layers.2.weight": real(2, 5)}}),
+    ("jvp", {"wrt": ["x"]}),
+    ("hvp", {"wrt": ["x"]}),
+]
+
+
+@pytest.mark.parametrize("rows", [2, 7, 9])
+@pytest.mark.parametrize("which", range(len(PIECES)))
+def test_pieces(which: int, rows: int) -> None:
+    kind, more = PIECES[which]
+    given = dict(more)
+    if kind in ("vjp", "hvp"):
+        given["cotangents"] = {"output": real(rows, 2)}
+    if kind in ("jvp", "hvp"):
+        given["tangents"] = {"x": real(rows, 3)}
+    made = jobs.make_job(kind, "f", {"x": real(rows, 3)}, **given)
+    host, whole = wide(micro_batch=3), wide()
+    agree(alone(host, made), alone(whole, made))
+    host.engine.find("f", "1").module.seen.clear()
+    alone(host, made)
+    assert max(host.engine.find("f", "1").module.seen) == min(rows, 3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss[0]}{loss[1]}")
+@pytest.mark.parametrize("kind", ["evaluate", "vjp"])
+def test_losses_of_pieces(kind: str, loss: tuple[str, dict[str, Any], Any], reduction: str) -> None:
+    name, options, targets = loss
+    one = targets(7)
+    given: dict[str, Any] = {"loss": name, "options": options | {"reduction": reduction}, "targets": one}
+    if kind == "vjp":
+        given["wrt"] = ["x", "param:layers.0.weight"]
+        for target in ("var", "target", "weight"):
+            # torch has no derivative of every loss by its target.
+            if target in one and one[target].is_floating_point() and name in ("mse_loss", "gaussian_nll_loss"):
+                given["wrt"] = [*given["wrt"], f"target:{target}"]
+                break
+        if reduction == "none":
+            single = one["target"].ndim == 1 or name in ("cross_entropy", "multi_margin_loss")
+            given["cotangents"] = {"loss": real(7) if single else real(7, 2)}
+    made = jobs.make_job(kind, "f", {"x": real(7, 3)}, **given)
+    host, whole = wide(micro_batch=3), wide()
+    expected = alone(whole, made)
+    agree(alone(host, made), expected)
+    assert isinstance(expected, EngineResult)
+    host.engine.find("f", "1").module.seen.clear()
+    alone(host, made)
+    assert max(host.engine.find("f", "1").module.seen) == 3
+
+
+def test_faults_of_pieces() -> None:
+    host, whole = wide(micro_batch=3), wide()
+    x = {"x": real(7, 3)}
+    good: dict[str, Any] = {"wrt": ["x"], "cotangents": {"output": real(7, 2)}}
+    tangents = {"x": real(7, 3)}
+    for kind, more in (
+        ("vjp", good | {"cotangents": {}}),
+        ("vjp", good | {"cotangents": {"output": real(6, 2)}}),
+        ("vjp", good | {"cotangents": {"output": real(7, 2).float()}}),
+        ("vjp", good | {"cotangents": {"other": real(7, 2)}}),
+        ("vjp", good | {"max_result_bytes": 100}),
+        ("vjp", good | {"loss": "mse_loss", "targets": {"target": real(7, 3)}, "cotangents": {}}),
+        ("vjp", good | {"loss": "cross_entropy", "targets": {"target": torch.full((7,), 2)}, "cotangents": {}}),
+        ("jvp", {"wrt": ["x"], "tangents": {"x": real(6, 3)}}),
+        ("hvp", good | {"tangents": tangents, "cotangents": {"output": real(6, 2)}}),
+        ("hvp", good | {"tangents": tangents, "max_result_bytes": 200}),
+        ("evaluate", {"max_result_bytes": 20}),
+        ("evaluate", {"targets": {"target": real(7, 2)}}),
+    ):
+        made = jobs.make_job(kind, "f", x, **more)
+        expected = alone(whole, made)
+        assert isinstance(expected, Fault), kind
+        agree(alone(host, made), expected)
+
+
+def test_what_is_not_computed_in_pieces() -> None:
+    host, whole = wide(micro_batch=3), wide()
+    x = {"x": real(7, 3)}
+    target = {"target": real(7, 2)}
+    for kind, more in (
+        ("vjp", {"wrt": ["x"], "batched": True, "cotangents": {"output": real(2, 7, 2)}}),
+        ("vjp", {"wrt": ["x"], "seed": 1, "cotangents": {"output": real(7, 2)}}),
+        ("hvp", {"wrt": ["x"], "loss": "mse_loss", "targets": target, "tangents": {"x": real(7, 3)}}),
+        (
+            "hvp",
+            {
+                "wrt": ["param:layers.0.bias"],
+                "cotangents": {"output": real(7, 2)},
+                "tangents": {"param:layers.0.bias": real(5)},
+            },
+        ),
+    ):
+        made = jobs.make_job(kind, "f", x, **more)
+        agree(alone(host, made), alone(whole, made))
+
+
+def test_pieces_where_memory_runs_out() -> None:
+    class Hungry(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] > self.most:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+            return super().forward(x)
+
+        most = 1000
+
+    host = jobs.host_factory(Hungry, inputs={"x": spec("float64", ["n", 3])}, batch_axis=0)
+    whole = wide()
+    model = host.engine.find("f", "1").module
+    for kind, more in (
+        ("evaluate", {}),
+        ("vjp", {"wrt": ["x", "param:layers.0.bias"], "cotangents": {"output": real(20, 2)}}),
+        ("vjp", {"wrt": ["x"], "loss": "mse_loss", "targets": {"target": real(20, 2)}}),
+        ("jvp", {"wrt": ["x"], "tangents": {"x": real(20, 3)}}),
+        ("hvp", {"wrt": ["x"], "tangents": {"x": real(20, 3)}, "cotangents": {"output": real(20, 2)}}),
+    ):
+        made = jobs.make_job(kind, "f", {"x": real(20, 3)}, **more)
+        for model.most, splits in ((20, 0), (10, 1), (7, 2), (3, 3), (1, 4)):
+            found = alone(host, made)
+            agree(found, alone(whole, made))
+            assert isinstance(found, EngineResult) and found.outcome.splits == splits
+        model.most = 0
+        with jobs.refused(Reason.OUT_OF_MEMORY, "does not fit the memory of cpu"):
+            host.engine.run(*made)
+    model.most = 3
+    made = jobs.make_job("vjp", "f", {"x": real(20, 3)}, wrt=["x"], cotangents={"output": real(20, 2)}, seed=1)
+    with jobs.refused(Reason.OUT_OF_MEMORY, "does not fit the memory of cpu"):
+        host.engine.run(*made)
+    # Of a batch: first the members are parted, then the rows of one.
+    members = [
+        jobs.make_job("vjp", "f", {"x": real(n, 3)}, wrt=["x"], cotangents={"output": real(n, 2)}) for n in (2, 5, 1)
+    ]
+    found = run(host, members, merges=0)
+    for result, one in zip(found.members, members, strict=True):
+        agree(result, alone(whole, one))
+    assert found.splits == 3

@@ -50,7 +50,7 @@ def serve(queue: FairQueue, count: int | None = None) -> list[Ticket]:
     """Serves one after the other."""
     served: list[Ticket] = []
     while queue and (count is None or len(served) < count):
-        served.append(first_of(queue))
+        served.append(queue.instead_of(first_of(queue)))
         queue.serve(served[-1:])
     return served
 
@@ -128,8 +128,12 @@ def test_urgent_calls_go_before_the_same_callers_others_and_not_at_others_cost()
         put(queue, *(ticket(lane(), "one") for _ in range(20)))
         serve(queue, 2)
         put(queue, *(ticket(lane(), "one", urgent=True) for _ in range(3)))
-        urgent = [each.origin.urgent for each in serve(queue)]
-        assert urgent[:5].count(True) == 3
+        served = serve(queue)
+        assert [each.origin.urgent for each in served] == [True] * 3 + [False] * 18
+        # In the order in which they came.
+        assert [each.came for each in served] == sorted(each.came for each in served[:3]) + sorted(
+            each.came for each in served[3:]
+        )
         # With nothing but urgent calls a caller has a share as anybody else.
         for _ in range(40):
             put(queue, ticket(lane(), "one", urgent=True), ticket(lane(), "other"))
@@ -305,7 +309,7 @@ def test_estimates_fall_at_once_and_rise_slowly() -> None:
 
 
 def signature(**batch: Any) -> Signature:
-    record = BatchRecord(**{"max_rows": 16, "max_bytes": 1 << 20, "evidence": "probed", **batch})
+    record = BatchRecord(**{"max_rows": 16, "max_bytes": 1 << 20, "evidence": "probed", "inputs": ["x"], **batch})
     return Signature(
         "m", "1", "", [SpecRecord("x", F32, ("batch", 3))], [], [], 0, [], OrdersRecord(-1, True, ""), "cpu", 0, record
     )

@@ -150,6 +150,8 @@ def main() -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:600]}
         print("RESULT", json.dumps(answer), flush=True)
+    if contestant is not None and hasattr(contestant.client, "close"):
+        contestant.client.close()
 
 
 if __name__ == "__main__":

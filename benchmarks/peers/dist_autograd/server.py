@@ -13,10 +13,11 @@ from torch.distributed import rpc
 os.environ["TP_SOCKET_IFNAME"] = "lo"
 
 
-def options(port: str) -> rpc.TensorPipeRpcBackendOptions:
-    # TCP, as all contestants have; between two processes of a machine it would take shared memory.
+def options(rendezvous: str) -> rpc.TensorPipeRpcBackendOptions:
+    # The rendezvous is a file, since torch's TCP store would listen on all interfaces. The bytes go by TCP, as those of
+    # all contestants do; left alone, two processes of one machine would take shared memory.
     return rpc.TensorPipeRpcBackendOptions(
-        init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=60, _transports=["uv"], _channels=["basic"]
+        init_method=f"file://{rendezvous}", rpc_timeout=60, _transports=["uv"], _channels=["basic"]
     )
 
 

@@ -33,6 +33,9 @@ class Client:
         with torch.no_grad():
             return self.identity(torch.from_numpy(x)).numpy()
 
+    def close(self) -> None:
+        self.dht.shutdown()
+
     def penalty(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         (expert,) = get_experts(self.dht, ["cube.0"])
 

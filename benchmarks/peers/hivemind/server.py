@@ -1,5 +1,7 @@
 """hivemind: ModuleBackends behind a libp2p daemon, found through a DHT; all on loopback."""
 
+import signal
+import sys
 import time
 
 import torch
@@ -35,7 +37,12 @@ if __name__ == "__main__":
     server = Server(dht, backends, num_connection_handlers=4, device=torch.device("cpu"), start=True)
     # end
     print("ADDRESS", dht.get_visible_maddrs()[0], flush=True)
-    # user code
-    while server.is_alive():
-        time.sleep(1)
-    # end
+    # A polite end removes sockets and shared memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        # user code
+        while server.is_alive():
+            time.sleep(1)
+        # end
+    finally:
+        server.shutdown()

@@ -18,7 +18,7 @@ class Client:
         os.environ["TP_SOCKET_IFNAME"] = "lo"
         # user code
         options = rpc.TensorPipeRpcBackendOptions(
-            init_method=f"tcp://127.0.0.1:{address}", rpc_timeout=60, _transports=["uv"], _channels=["basic"]
+            init_method=f"file://{address}", rpc_timeout=60, _transports=["uv"], _channels=["basic"]
         )
         rpc.init_rpc("client", rank=1, world_size=2, rpc_backend_options=options)
         # end

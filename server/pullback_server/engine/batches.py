@@ -5,6 +5,7 @@ What concerns one member never reaches another: whatever the merged computation 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,13 +23,19 @@ from pullback_wire import Reason
 
 #: How often a merged computation is tried anew with what was learned about the model.
 _ATTEMPTS = 4
+#: Seconds for computing members alone after all. Who is not computed by then goes back to the front, where others have
+#: their turns in between, and each has a limit of its own.
+_PATIENCE = 0.2
 
 
 @dataclass
 class BatchResult:
-    """What a batch came to; see `job.BatchOutcome`. A fault has no traceback: what it said is a note on it."""
+    """What a batch came to; see `job.BatchOutcome`. A fault has no traceback: what it said is a note on it.
 
-    members: list[EngineResult | Fault]
+    members: None: it must be computed alone, and was not.
+    """
+
+    members: list[EngineResult | Fault | None]
     merged: int = 0
     refused: str = ""
     splits: int = 0
@@ -79,13 +86,14 @@ class BatchRun:
             if len(group) > 1 and not self._refused:
                 groups += self._together(group)
         self._look_at_shadow()
+        until = time.monotonic() + _PATIENCE
         for index in range(len(self._jobs)):
-            if index not in self._found:
+            if index not in self._found and time.monotonic() < until:
                 self._found[index] = self._alone(index)
         for group, failure in self._failures:
-            if all(isinstance(self._found[index], EngineResult) for index in group):
+            if all(isinstance(self._found.get(index), EngineResult) for index in group):
                 self._refuse(f"{len(group)} requests in one failed, and alone they did not: {failure}")
-        members = [self._found[index] for index in range(len(self._jobs))]
+        members = [self._found.get(index) for index in range(len(self._jobs))]
         return BatchResult(members, self._merged, self._refused, self._splits, self._timings)
 
     def _together(self, group: list[int]) -> list[list[int]]:

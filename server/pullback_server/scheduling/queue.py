@@ -5,8 +5,8 @@ S + cost / weight of the same caller's latest ticket, and V the start tag of wha
 first. A caller with a thousand tickets waiting is so far ahead of the clock that another's first ticket goes before
 most of them. Costs are estimates; when a ticket's true cost is known, the difference is charged to its caller.
 
-A caller's urgent tickets have a finish tag of their own besides, so that they do not queue behind its other tickets;
-what they cost is charged to the caller all the same.
+A caller's urgent tickets go before its others: when one of its tags comes up, the first urgent one is served, and the
+tag it had goes to the ticket that would have been. So urgency counts for nothing against other callers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Ticket:
     """Somebody who waits. turn: done when it is his: see `Scheduler`. kind: what its cost is known by."""
 
     __slots__ = (
-        "arrived", "cost", "deadline", "inside", "job", "kind", "lane", "model", "number", "origin", "payloads",
-        "rerun", "rows", "size", "tag", "turn", "waiting",
+        "arrived", "came", "cost", "deadline", "inside", "job", "kind", "lane", "model", "number", "origin",
+        "payloads", "rerun", "rows", "size", "tag", "turn", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -75,7 +75,8 @@ class Ticket:
         self.rows = rows
         self.size = size
         self.tag = -1.0
-        self.number = 0
+        #: Of those with one tag the lower number goes first. `came`: the number it came with.
+        self.number = self.came = 0
         self.waiting = False
         self.turn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -84,36 +85,41 @@ class Ticket:
 
 
 class _Heap:
-    """Tickets by tag. Those that do not wait any more stay until they come up, or there are too many of them."""
+    """Tickets by tag. Entries that hold no more stay until they come up, or there are too many of them."""
 
     def __init__(self) -> None:
-        self._tickets: list[Ticket] = []
+        self._entries: list[tuple[float, int, Ticket]] = []
         self._gone = 0
 
     def push(self, ticket: Ticket) -> None:
-        heapq.heappush(self._tickets, ticket)
+        heapq.heappush(self._entries, (ticket.tag, ticket.number, ticket))
 
     def gone(self) -> None:
-        """One of the tickets does not wait any more."""
+        """An entry holds no more: its ticket does not wait, or has another tag."""
         self._gone += 1
-        if self._gone > _MANY and self._gone > len(self._tickets) // 2:
-            self._tickets = [ticket for ticket in self._tickets if ticket.waiting]
-            heapq.heapify(self._tickets)
+        if self._gone > _MANY and self._gone > len(self._entries) // 2:
+            self._entries = [entry for entry in self._entries if _holds(entry)]
+            heapq.heapify(self._entries)
             self._gone = 0
 
     @property
     def first(self) -> Ticket | None:
-        tickets = self._tickets
-        while tickets and not tickets[0].waiting:
-            heapq.heappop(tickets)
+        entries = self._entries
+        while entries and not _holds(entries[0]):
+            heapq.heappop(entries)
             self._gone = max(0, self._gone - 1)
-        return tickets[0] if tickets else None
+        return entries[0][2] if entries else None
 
     def __iter__(self) -> Iterator[Ticket]:
-        return (ticket for ticket in self._tickets if ticket.waiting)
+        return (entry[2] for entry in self._entries if _holds(entry))
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return len(self._entries)
+
+
+def _holds(entry: tuple[float, int, Ticket]) -> bool:
+    tag, number, ticket = entry
+    return ticket.waiting and ticket.number == number and ticket.tag == tag
 
 
 class Lane:
@@ -175,8 +181,10 @@ class FairQueue:
         self._lanes: dict[Hashable, Lane] = {}
         self._places: dict[Hashable, _Heap] = {}
         self._clock = 0.0
-        #: Finish tags by caller, and of its urgent tickets alone.
-        self._finish: dict[Origin, float] = {}
+        #: Finish tags by caller.
+        self._finish: dict[str, float] = {}
+        #: Callers of whom tickets wait that have not the tags they came with, or are urgent.
+        self._reordered: set[str] = set()
         self._prune_at = _FEW
         self._numbers = itertools.count()
         self._waiting: dict[str, dict[Ticket, None]] = {}
@@ -209,23 +217,20 @@ class FairQueue:
 
     def tag(self, ticket: Ticket) -> None:
         """Gives a ticket its place in the order; once."""
-        caller, urgent = ticket.origin
-        flow = Origin(caller, urgent)
-        ticket.tag = max(self._clock, self._finish.get(flow, 0.0))
-        ticket.number = next(self._numbers)
-        self._charge(ticket.origin, ticket.cost)
+        caller = ticket.origin.caller
+        ticket.tag = max(self._clock, self._finish.get(caller, 0.0))
+        ticket.number = ticket.came = next(self._numbers)
+        self._charge(caller, ticket.cost)
 
     def settle(self, ticket: Ticket, seconds: float) -> None:
         """A ticket has cost so much in truth."""
-        self._charge(ticket.origin, seconds - ticket.cost)
+        self._charge(ticket.origin.caller, seconds - ticket.cost)
 
-    def _charge(self, origin: Origin, cost: float) -> None:
-        part = cost / self._weights.get(origin.caller, 1.0)
-        for flow in {origin, Origin(origin.caller)}:
-            self._finish[flow] = max(self._clock, self._finish.get(flow, 0.0)) + part
+    def _charge(self, caller: str, cost: float) -> None:
+        self._finish[caller] = max(self._clock, self._finish.get(caller, 0.0)) + cost / self._weights.get(caller, 1.0)
         if len(self._finish) > self._prune_at:
             # Who is not ahead of the clock begins where it stands.
-            self._finish = {flow: tag for flow, tag in self._finish.items() if tag > self._clock}
+            self._finish = {one: tag for one, tag in self._finish.items() if tag > self._clock}
             self._prune_at = max(_FEW, 2 * len(self._finish))
 
     def push(self, ticket: Ticket) -> None:
@@ -237,6 +242,8 @@ class FairQueue:
         lane.bytes += ticket.size
         self._places.setdefault(lane.place, _Heap()).push(ticket)
         self._waiting.setdefault(ticket.origin.caller, {})[ticket] = None
+        if ticket.origin.urgent:
+            self._reordered.add(ticket.origin.caller)
         self._count += 1
         self.cost += ticket.cost
 
@@ -250,6 +257,7 @@ class FairQueue:
         del theirs[ticket]
         if not theirs:
             del self._waiting[caller]
+            self._reordered.discard(caller)
         lane.rows -= ticket.rows
         lane.bytes -= ticket.size
         lane.tickets.gone()
@@ -260,6 +268,27 @@ class FairQueue:
         self._count -= 1
         # Sums of floats drift; an empty queue costs nothing.
         self.cost = self.cost - ticket.cost if self._count else 0.0
+
+    def instead_of(self, first: Ticket) -> Ticket:
+        """Whose turn it is when a ticket comes up: that of the same caller which is urgent, or came before.
+
+        They change tags, if it is another one.
+        """
+        caller = first.origin.caller
+        if caller not in self._reordered:
+            return first
+        place = first.lane.place
+        best = min(
+            (ticket for ticket in self._waiting[caller] if ticket.lane.place == place),
+            key=lambda ticket: (not ticket.origin.urgent, ticket.came),
+        )
+        if best is not first:
+            first.tag, first.number, best.tag, best.number = best.tag, best.number, first.tag, first.number
+            for ticket in (first, best):
+                for heap in (ticket.lane.tickets, self._places[place]):
+                    heap.gone()
+                    heap.push(ticket)
+        return best
 
     def serve(self, tickets: Sequence[Ticket]) -> None:
         """Tickets are served together: the clock is now where the first of them started."""

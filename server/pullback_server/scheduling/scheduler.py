@@ -357,7 +357,8 @@ class Scheduler:
         lane, rows = self._lane(job, self._fleet.signatures.get(job.model, {}).get(job.version), alone=True)
         kind = (job.model, job.version, job.kind, False)
         again = Ticket(lane, ticket.origin, kind, ticket.cost, ticket.arrived, ticket.deadline, job, payloads, rows)
-        again.size, again.tag, again.number, again.rerun = ticket.size, ticket.tag, ticket.number, True
+        again.size, again.rerun = ticket.size, True
+        again.tag, again.number, again.came = ticket.tag, ticket.number, ticket.came
         # The admission is that of the first ticket, which `submit` holds.
         again.model = None
         return again
@@ -506,7 +507,7 @@ class Scheduler:
                     first, found = ticket, worker
             if first is None or found is None:
                 return
-            self._serve(first, found)
+            self._serve(self._queue.instead_of(first), found)
 
     def _has_place(self) -> bool:
         """Whether any worker may have a place for anything."""
