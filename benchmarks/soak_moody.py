@@ -26,7 +26,7 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 @model("moody", inputs=ROWS, batch_axis=0, batching=BATCHING, hard_timeout=0.5)
 def moody(x: torch.Tensor) -> torch.Tensor:
-    """The same; but 13 raises, 666 takes the worker along, 999 never ends, and rows with 77 or 88 take 64 or 512 MiB."""
+    """The same; but 13 raises, 666 takes the worker along, 999 never ends; 77 takes 64 MiB a row, 88 takes 512."""
     values = x.detach()
     if bool((values == 13).any()):
         raise ValueError("thirteen")

@@ -200,12 +200,14 @@ class BatchRecord(msgspec.Struct, array_like=True, frozen=True):
     max_bytes: bytes of its input tensors at most.
     max_delay: seconds that a request may wait for others while a worker is free.
     evidence: how row-independence is known, or why nothing is merged, for people.
+    inputs: names of those that have the batch axis; a request with another one is not merged.
     """
 
     max_rows: int = 0
     max_bytes: int = 0
     max_delay: float = 0.0
     evidence: str = "no batch axis is declared"
+    inputs: list[str] = []
 
 
 class Signature(msgspec.Struct, array_like=True):

@@ -1,5 +1,6 @@
 """What large calls cost: the front's own memory, and shared memory that does not grow from load to load."""
 
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -90,5 +91,5 @@ def test_64_mib_calls_in_bounded_memory_that_does_not_grow_from_load_to_load(ser
     assert max(peaks) < 2 * 5 * 64 * MIB + 150 * MIB
     # Memory is kept, so a load peaks higher than the last one where its callers happened to meet more closely. What
     # leaks grows with each load; what is kept stops growing.
-    assert min(later - earlier for earlier, later in zip(peaks[:-1], peaks[1:], strict=True)) <= 32 * MIB
-    assert min(later - earlier for earlier, later in zip(shared[:-1], shared[1:], strict=True)) <= 16 * MIB
+    assert min(later - earlier for earlier, later in itertools.pairwise(peaks)) <= 32 * MIB
+    assert min(later - earlier for earlier, later in itertools.pairwise(shared)) <= 16 * MIB

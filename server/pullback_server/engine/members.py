@@ -75,6 +75,8 @@ class Batches:
             if isinstance(member, EngineResult):
                 members[index] = Answered(member.outcome, len(member.tensors))
                 results += member.tensors
+            elif member is None:
+                members[index] = Alone()
             else:
                 members[index] = fault_record(member)
         timings = found.timings | {"copy_in": found.timings.get("copy_in", 0.0) + copied}

@@ -47,7 +47,8 @@ def settle_batching(hosted: HostedModel, compute: Compute) -> None:
         rows, gain = best_rows(trial, batching.max_bytes, most or _MOST)
         what = f"{rows} rows are computed {gain:.1f} times as fast as one by one" if rows > 1 else "one row is best"
         evidence = f"{evidence}; {what}"
-    hosted.batch = BatchRecord(min(rows, most or rows), batching.max_bytes, batching.max_delay, evidence)
+    names = sorted(hosted.batched_inputs)
+    hosted.batch = BatchRecord(min(rows, most or rows), batching.max_bytes, batching.max_delay, evidence, names)
 
 
 def best_rows(trial: RowTrial, max_bytes: int, most: int = _MOST) -> tuple[int, float]:

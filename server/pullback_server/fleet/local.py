@@ -145,7 +145,8 @@ class LocalFleet:
     def _limit_of(self, work: Work) -> float:
         """Seconds that a job may compute."""
         if isinstance(work, Batch):
-            work = work.members[0]
+            # At once, then for a moment one by one, and the last of these may take as long as any.
+            return 2 * self._limit_of(work.members[0]) + 1.0
         if isinstance(work, Job):
             limit = self._hard_timeout_of(work.model, work.version)
             return self._hard_timeout if limit is None else limit

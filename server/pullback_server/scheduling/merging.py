@@ -28,7 +28,7 @@ def mergeable(job: Job, signature: Signature) -> Mergeable | None:
         return None
     if job.train or job.seed is not None or job.parameters or job.batched or not job.inputs:
         return None
-    if any(wrt.place != "input" for wrt in job.wrt):
+    if any(wrt.place != "input" for wrt in job.wrt) or any(ref.name not in batch.inputs for ref in job.inputs):
         return None
     first = job.inputs[0].shape
     if len(first) <= axis:
