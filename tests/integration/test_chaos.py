@@ -27,8 +27,8 @@ GREEDY = """
 
 @model("greedy", inputs={"x": spec("float64", ["n", 3])}, batch_axis=0, batching=BATCHING, devices=WHERE)
 def greedy(x):
-    "Its input; each row with 77 needs 16 MiB."
-    rows = int((x.detach() == 77).any(1).sum())
+    "Its input; each row with 77 needs 16 MiB, each with 88 needs 320."
+    rows = int((x.detach() == 77).any(1).sum()) + 20 * int((x.detach() == 88).any(1).sum())
     return x + x.new_zeros(rows, 1 << 21).sum() if rows else x + 0
 """
 
@@ -134,6 +134,12 @@ def test_rows_that_do_not_fit_together_are_computed_in_parts(two: House) -> None
     for one, future in zip(x[2:], futures, strict=True):
         np.testing.assert_array_equal(future.result(60), one)
     assert two.value("pullback_memory_splits_total", model="greedy") >= 1
+    with two.busy():
+        small = two.queue(two.client("small").model("greedy").evaluate, x[0])
+        large = two.queue(two.client("large").model("greedy").evaluate, np.full((2, 3), 88.0))
+    np.testing.assert_array_equal(small.result(60), x[0])
+    with pytest.raises(pb.errors.OutOfMemory):
+        large.result(60)
     assert two.value("pullback_worker_restarts_total") == restarts
     two.settled()
 
