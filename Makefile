@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo test test-clients test-big lint format proto bench soak clean
+.PHONY: help demo test test-clients test-big lint format proto bench peers soak clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -44,8 +44,14 @@ proto: ## Generate Python from the .proto files
 bench: $(READY) ## Every figure that the README claims
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/sessions.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/cold.py
+	$(BIN)/python benchmarks/peers.py
 
-soak: $(READY) ## Minutes of load with killed workers; prints figures
+peers: $(READY) ## The same VJP on Pullback and its peers, each in an environment of its own; writes benchmarks/peers/
+	$(BIN)/python benchmarks/peers.py
+
+soak: $(READY) ## Minutes of overload, floods and killed workers; prints figures, fails where one is not met
 	$(BIN)/python benchmarks/soak.py
 
 clean: ## Remove environments, caches and outputs
