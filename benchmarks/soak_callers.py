@@ -15,6 +15,7 @@ import numpy as np
 
 from pullback_wire import CALLER_KEY, GRADIENT_METHODS, TensorWriter, encode_message
 from pullback_wire.v1 import gradient_service_pb2 as pb
+from pullback_wire.v1.function_pb2 import Function
 
 VJP = GRADIENT_METHODS["ComputeVjp"].path
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
@@ -50,7 +51,7 @@ def vjp_request(model: str, name: str, x: np.ndarray, cotangent: np.ndarray) -> 
     """The bytes of a ComputeVjp."""
     writer = TensorWriter()
     request = pb.ComputeVjpRequest(
-        function={"model": model}, inputs=[writer.add(name, x)], cotangents=[writer.add("output", cotangent)]
+        function=Function(model=model), inputs=[writer.add(name, x)], cotangents=[writer.add("output", cotangent)]
     )
     return encode_message(request, writer.payloads)
 

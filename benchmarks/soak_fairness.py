@@ -36,16 +36,16 @@ def fairness(seconds: float) -> list[str]:
     ):
         part = seconds / ROUNDS
         for model, request in requests.items():
-            calls = functools.partial(pool.submit, closed_loop, running.target, request)
+            calls = functools.partial(closed_loop, running.target, request)
             alone: list[Call] = []
             beside: list[Call] = []
             flood: list[Call] = []
             for number in range(ROUNDS + 1):
                 begin = time.monotonic() + 0.2
-                first = calls(begin, part, 1, 30.0, "polite").result()
+                first = pool.submit(calls, begin, part, 1, 30.0, "polite").result()
                 begin = time.monotonic() + 0.2
-                flooding = calls(begin, part + 1, FLOOD, 30.0, "flood")
-                second = calls(begin + 1, part, 1, 30.0, "polite").result()
+                flooding = pool.submit(calls, begin, part + 1, FLOOD, 30.0, "flood")
+                second = pool.submit(calls, begin + 1, part, 1, 30.0, "polite").result()
                 third = [call for call in flooding.result() if begin + 1 <= call.at + call.seconds < begin + 1 + part]
                 if number:
                     # What came before warmed both up.

