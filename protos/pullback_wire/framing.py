@@ -124,7 +124,12 @@ def decode(message_type: type[M], data: bytes) -> tuple[M, Sequence[memoryview]]
     Raises WireError when the bytes are not such a message.
     """
     header, payloads = split(data)
+    return parse(message_type, header), payloads
+
+
+def parse(message_type: type[M], header: bytes) -> M:
+    """Parses what `split` found besides payloads. Raises WireError when the bytes are not such a message."""
     try:
-        return message_type.FromString(header), payloads
+        return message_type.FromString(header)
     except DecodeError as error:
         raise WireError(f"not a {message_type.DESCRIPTOR.full_name}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -172,3 +173,13 @@ def prepare_process() -> None:
     """What a process that is a server and nothing else does first: pins glibc's malloc (see pullback_wire.malloc)."""
     if not pin_malloc():
         logger.debug("malloc is left as it is")
+
+
+def settle_process() -> None:
+    """What such a process does when it has started: what is there now stays, and is not looked through for garbage.
+
+    Else full collections hold up every caller for tens of milliseconds, several times a minute.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

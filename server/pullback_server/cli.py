@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from pullback_server.app import App, prepare_process
+from pullback_server.app import App, prepare_process, settle_process
 from pullback_server.config import Config
 from pullback_server.fleet import StartError
 
@@ -82,6 +82,7 @@ async def _run(config: Config) -> None:
         return
     asking.cancel() if starting.exception() else None
     await starting
+    settle_process()
     await asking
     logging.getLogger(__name__).info("stopping: running calls get %.0f s to end", config.grace)
     await app.stop(config.grace)

@@ -18,6 +18,8 @@ _BUDGET = 1.0
 #: What makes more rows better: this much more of them in a second. Patience: so many doublings without that.
 _GAIN, _PATIENCE = 1.1, 2
 _REPEATED = 3
+#: Seconds of one computation after which larger ones are not tried: whoever comes next waits for it.
+_LONGEST = 0.05
 
 
 def settle_batching(hosted: HostedModel, compute: Compute) -> None:
@@ -74,8 +76,12 @@ def best_rows(trial: RowTrial, max_bytes: int, most: int = _MOST) -> tuple[int, 
             best = rows
         elif rows >= best << _PATIENCE:
             break
+        if seconds > _LONGEST and rows > 1:
+            break
         # The next takes twice as long, several times.
         if clock() - begin + 2 * seconds > _BUDGET:
             break
         rows *= 2
+    # Timings are noisy, and a larger batch makes everybody in it wait longer: the smallest that is nearly as good.
+    best = min((rows for rows in found if found[rows] * _GAIN >= found[best]), default=1)
     return best, (found[best] / found[1] if found else 1.0)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from pullback_server.engine import Engine, EngineResult, WritesInputs
-from pullback_server.engine.boot import choose_device, device_memory, load_models, settle, told
+from pullback_server.engine.boot import choose_device, device_memory, limit_memory, load_models, settle, told
 from pullback_server.engine.members import BatchAnswer, Batches, overdue
 from pullback_server.engine.records import cleaned, fault_record, record_of, trace_of
 from pullback_server.engine.sessions import Sessions, op_references
@@ -327,6 +327,7 @@ def _work(sock: socket.socket) -> None:
     # What is there now stays; looking for garbage after a job need not pass over it.
     gc.collect()
     gc.freeze()
+    limit_memory(engine.device, setup.memory_bytes)
     worker = Worker(sock, reader, engine, setup)
     send_frame(sock, messages.encode(loaded))
     worker.serve()

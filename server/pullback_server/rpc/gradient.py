@@ -8,11 +8,13 @@ from typing import cast
 from pullback_server.faults import Fault
 from pullback_server.job import Kind, Outcome
 from pullback_server.rpc.answer import join, response
+from pullback_server.rpc.known import KnownRequests
 from pullback_server.rpc.request import Request, Translator, wire_path
 from pullback_server.rpc.unary import Call
 from pullback_server.scheduling import Scheduler
 from pullback_server.telemetry import Metrics
-from pullback_wire import Method, decode
+from pullback_wire import Method
+from pullback_wire.framing import parse, split
 
 
 class GradientHandler:
@@ -23,13 +25,22 @@ class GradientHandler:
         self._scheduler = scheduler
         self._metrics = metrics
         self._executor = executor
+        self._known = KnownRequests()
 
     async def __call__(self, method: Method, data: bytes, call: Call) -> bytes:
         """Raises Fault or WireError."""
-        message, payloads = decode(method.request, data)
-        request = cast(Request, message)
-        call.model = request.function.model
-        job = self._translator.job(request, payloads)
+        header, payloads = split(data)
+        known = self._known.find(method.name, header, payloads)
+        if known is not None and self._translator.signature(known.model, known.version) is known.signature:
+            job = known.job
+            call.model = known.model
+        else:
+            request = cast(Request, parse(method.request, header))
+            function = request.function
+            call.model = function.model
+            job = self._translator.job(request, payloads)
+            signature = self._translator.signature(function.model, function.version)
+            self._known.add(method.name, header, payloads, job, function.model, function.version, signature)
         try:
             scheduled = await self._scheduler.submit(job, payloads, call.deadline, call.origin)
         except Fault as fault:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from google.protobuf import json_format
 
 from pullback_server.faults import Fault, nearest
-from pullback_server.job import Job, Kind, LossCall, TensorRef, Wrt
+from pullback_server.job import Job, Kind, LossCall, Signature, TensorRef, Wrt
 from pullback_server.rpc.catalogue import Catalogue
 from pullback_server.rpc.signature import SignatureView
 from pullback_wire import Reason, TensorReader, dtype_name
@@ -43,6 +43,10 @@ class Translator:
     def __init__(self, catalogue: Catalogue, limits: ResultLimits) -> None:
         self._catalogue = catalogue
         self._limits = limits
+
+    def signature(self, model: str, version: str) -> Signature:
+        """Of a model as a request names it. Raises Fault."""
+        return self._catalogue.find(model, version, "function.").signature
 
     def job(self, request: Request, payloads: Sequence[memoryview]) -> Job:
         """The job that a request asks for. Its tensors refer to `payloads`, of which nothing is copied.

@@ -70,6 +70,7 @@ class Stream:
         self._metrics = metrics
         #: Bytes that the session may hold.
         self.budget = options.budget_bytes or pinned.worker.memory // 4
+        self._scheduler = scheduler
         self._inbox = Inbox(pinned.seat, scheduler, self.budget)
         self._outbox = Outbox(self._write, opening.chunk_threshold or LARGEST_CHUNK, opening.credit_bytes)
         most = options.max_message_bytes
@@ -119,6 +120,9 @@ class Stream:
                 if op.way is not None:
                     op.way.give_up()
             self._inbox.close()
+            scheduler, self._op_bytes = self._scheduler, 0
+            for op in self._ops:
+                scheduler.forget_upload(op.bytes)
 
     def go_away(self, seconds: float, reason: str) -> None:
         """Tells the client how long the session has left."""
@@ -183,6 +187,12 @@ class Stream:
                 "",
                 0.1,
             )
+        else:
+            try:
+                self._scheduler.admit_upload(size)
+            except Fault as fault:
+                refused = fault
+        if refused is not None:
             payloads, size = (), 0
         self._op_bytes += size
         return Op(frame.op, kind, frame, payloads, size, refused)
@@ -214,7 +224,8 @@ class Stream:
             await self._sender.send(op)
         finally:
             self._op_bytes -= op.bytes
-            op.payloads = ()
+            self._scheduler.forget_upload(op.bytes)
+            op.payloads, op.bytes = (), 0
         self._answers.append(op)
         self._answer_came.set()
 

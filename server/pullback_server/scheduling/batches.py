@@ -69,6 +69,11 @@ class Merged:
         self._pending: BatchPending | None = None
         self.task: asyncio.Task[None] | None = None
 
+    def forget(self) -> None:
+        """Lets go of the members, which hold on to this: their bytes must not wait for the garbage collector."""
+        self.shares, self.tickets, self._jobs = [], (), []
+        self._pending = self.task = None
+
     async def run(self, worker: Worker, withdrawn: Callable[[], bool]) -> Computed | WorkerLost | None:
         """Sends the batch and hands out what it came to. None: it came to nothing, which the members were told.
 

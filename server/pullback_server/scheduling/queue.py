@@ -80,6 +80,11 @@ class Ticket:
         self.waiting = False
         self.turn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
+    @property
+    def stands(self) -> bool:
+        """Whether it waits and can be served: whoever was cancelled does not know it before his task runs."""
+        return self.waiting and not self.turn.done()
+
     def __lt__(self, other: Ticket) -> bool:
         return (self.tag, self.number) < (other.tag, other.number)
 
@@ -119,7 +124,7 @@ class _Heap:
 
 def _holds(entry: tuple[float, int, Ticket]) -> bool:
     tag, number, ticket = entry
-    return ticket.waiting and ticket.number == number and ticket.tag == tag
+    return ticket.stands and ticket.number == number and ticket.tag == tag
 
 
 class Lane:
@@ -279,7 +284,7 @@ class FairQueue:
             return first
         place = first.lane.place
         best = min(
-            (ticket for ticket in self._waiting[caller] if ticket.lane.place == place),
+            (ticket for ticket in self._waiting[caller] if ticket.lane.place == place and ticket.stands),
             key=lambda ticket: (not ticket.origin.urgent, ticket.came),
         )
         if best is not first:

@@ -344,6 +344,8 @@ class Scheduler:
                 if lost.overdue and alone:
                     raise Fault(Reason.HARD_TIMEOUT, f"model {job.model!r}: {lost}") from lost
                 if victims >= VICTIMS:
+                    # Also where the first one died of a batch, and it was not known of which member.
+                    await self._quarantine.victim(job, payloads, VICTIMS)
                     raise Fault(
                         Reason.WORKER_LOST,
                         f"the worker died while it computed this call, and so did the one that retried it: {lost}",
@@ -552,19 +554,21 @@ class Scheduler:
     async def _run_batch(self, batch: Merged, worker: Worker, cost: float) -> None:
         model = (batch.first.model, batch.first.version)
         try:
-            computed = await batch.run(worker, lambda: model in self._unmergeable)
+            try:
+                computed = await batch.run(worker, lambda: model in self._unmergeable)
+            finally:
+                self._release(worker, cost)
+            if isinstance(computed, WorkerLost):
+                if computed.suspect:
+                    self._tally.killed(batch.first.model, "timeout" if computed.overdue else "died")
+            elif computed is not None:
+                self._note(batch, computed)
         except asyncio.CancelledError:
             raise
         except Exception:
             logger.exception("a batch for model %r failed inside the server", batch.first.model)
-            return
         finally:
-            self._release(worker, cost)
-        if isinstance(computed, WorkerLost):
-            if computed.suspect:
-                self._tally.killed(batch.first.model, "timeout" if computed.overdue else "died")
-        elif computed is not None:
-            self._note(batch, computed)
+            batch.forget()
 
     def _note(self, batch: Merged, computed: Computed) -> None:
         outcome, first = computed.outcome, batch.first

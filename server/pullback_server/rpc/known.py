@@ -1,0 +1,44 @@
+"""Requests that came before: callers ask for the same thing again and again, with other numbers in the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pullback_server.job import Job, Signature
+
+#: Requests remembered, the latest; and bytes of one, without its tensors, that are worth remembering.
+_MOST, _LARGEST = 1024, 4096
+
+
+class _Known(NamedTuple):
+    job: Job
+    model: str
+    version: str
+    signature: Signature
+
+
+class KnownRequests:
+    """Jobs by the bytes that asked for them: all of a request but the contents of its tensors, whose lengths count.
+
+    What is checked of a request does not depend on more than that, and on the model's signature. Jobs are shared, and
+    so must not be changed.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, bytes, tuple[int, ...]], _Known] = {}
+
+    def find(self, method: str, header: bytes, payloads: Sequence[memoryview]) -> _Known | None:
+        """What a request asked for when it came before."""
+        return self._known.get((method, header, tuple(map(len, payloads))))
+
+    def add(
+        self, method: str, header: bytes, payloads: Sequence[memoryview], job: Job, model: str, version: str,
+        signature: Signature,
+    ) -> None:  # fmt: skip
+        """model, version: as the request names them. A seeded request never comes twice."""
+        if len(header) > _LARGEST or job.seed is not None:
+            return
+        self._known[method, header, tuple(map(len, payloads))] = _Known(job, model, version, signature)
+        if len(self._known) > _MOST:
+            del self._known[next(iter(self._known))]
