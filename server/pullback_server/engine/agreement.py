@@ -28,17 +28,19 @@ class Found:
     reach: Mapping[str, frozenset[str]]
 
 
-def disagreement(expected: Found, actual: Found, others: Iterable[torch.dtype]) -> str:
+def disagreement(expected: Found, actual: Found, others: Iterable[torch.dtype], *, fewer: bool = False) -> str:
     """How another run differs from the one that is right, in words; empty: it does not.
 
-    others: types that were computed in, besides those of the results.
+    others: types that were computed in, besides those of the results. fewer: the expected run is by less than the
+    other, on which fewer outputs may depend.
     """
-    if expected.outputs.keys() != actual.outputs.keys() or expected.reach[""] != actual.reach[""]:
+    alike = expected.reach[""] == actual.reach[""]
+    if expected.outputs.keys() != actual.outputs.keys() or not (alike or fewer):
         return "its outputs, or which of them can be differentiated, are others than eager's"
     widths = [_width(dtype) for dtype in others if dtype.is_floating_point or dtype.is_complex]
-    return _differing("output", expected.outputs, actual.outputs, widths) or _differing(
-        "gradient of", expected.gradients, actual.gradients, widths
-    )
+    why = _differing("output", expected.outputs, actual.outputs, widths)
+    # Where other outputs were pulled, gradients are others.
+    return why or (_differing("gradient of", expected.gradients, actual.gradients, widths) if alike else "")
 
 
 def _width(dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from pullback_server.engine.call import Call, model_error, out_of_memory
 from pullback_server.engine.guards import quiet_vmap
+from pullback_server.engine.modes import Unrepeatable
 from pullback_server.faults import Fault, listed
 from pullback_wire import Reason
 
@@ -52,6 +53,9 @@ def gradients(
 
 def explain(call: Call, error: BaseException, order: int) -> Exception:
     """What an exception out of a backward means."""
+    if isinstance(error, Unrepeatable):
+        error.learn()
+        return call.rerun()
     text = str(error)
     hosted = call.hosted
     if _CUDNN in text and not hosted.without_cudnn:

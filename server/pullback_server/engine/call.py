@@ -16,7 +16,7 @@ from pullback_server.engine._names import unknown_name
 from pullback_server.engine.flatten import flatten
 from pullback_server.engine.guards import Randomness, Witness
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.modes import BuffersWritten
+from pullback_server.engine.modes import Unrepeatable, repeatable
 from pullback_server.engine.plan import Variant
 from pullback_server.faults import Fault
 from pullback_server.job import Job, TensorRef, Wrt
@@ -245,7 +245,11 @@ class Call:
         arguments, keywords = hosted.binding.arrange(inputs)
         witness = Witness()
         try:
-            with hosted.precision(), witness.watching() if watch else _AS_IT_IS:
+            with (
+                hosted.precision(),
+                repeatable() if hosted.recomputes else _AS_IT_IS,
+                witness.watching() if watch else _AS_IT_IS,
+            ):
                 if variant is None:
                     result = hosted.code(*arguments, **keywords)
                 else:
@@ -274,7 +278,11 @@ class Call:
         if self.copies or hosted.writes_buffers:
             return None
         wanted = [f"{wrt.place}:{wrt.name}" for wrt in job.wrt if wrt.place != "target"]
-        pulled = [ref.name for ref in job.cotangents] if job.cotangents and self.loss is None else None
+        pulled: list[str] | None = None
+        if job.loss is not None:
+            pulled = list(job.loss.bindings.values()) or None
+        elif job.cotangents and self.loss is None:
+            pulled = [ref.name for ref in job.cotangents]
         return hosted.plans.find(self.inputs, wanted, pulled)
 
     def _run_compiled(self, variant: Variant, arguments: list[torch.Tensor], keywords: dict[str, torch.Tensor]) -> Any:
@@ -355,7 +363,8 @@ class Call:
                 hosted.writes_inputs = True
                 raise WritesInputs(f"{hosted.owner} writes into its inputs") from error
             self._check_untouched()
-        if isinstance(error, BuffersWritten):
+        if isinstance(error, Unrepeatable):
+            error.learn()
             raise self.rerun() from error
         if isinstance(error, RuntimeError) and "does not require grad" in text and not natural:
             hosted.needs_natural = True

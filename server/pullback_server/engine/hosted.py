@@ -112,6 +112,10 @@ class HostedModel:
         self.batch = BatchRecord()
         #: The inputs that have the batch axis, where its rows were found to be independent of each other; else empty.
         self.batched_inputs: frozenset[str] = frozenset()
+        #: Whether gradients by parameters were found to be sums over its rows, whatever parts those are taken in.
+        self.additive = False
+        #: How many merged computations were compared with one of their members alone, by kind.
+        self.checked_batches: dict[str, int] = {}
         self.outputs: list[SpecRecord] = [SpecRecord(name) for name in registration.outputs or ()]
         #: What torch.compile made of it; None: nothing, or nothing that could be used.
         self.plans: Plan | None = None
@@ -310,6 +314,8 @@ class HostedModel:
             "outputs",
             "batch",
             "batched_inputs",
+            "additive",
+            "checked_batches",
         ):
             setattr(fresh, name, getattr(self, name))
         if self.plan:
@@ -334,7 +340,7 @@ class HostedModel:
         if self.module is None:
             twin = HostedModel(self.registration, self.code, self.device)
         else:
-            module = copy.deepcopy(self.module)._apply(widen)  # type: ignore[no-untyped-call]
+            module = copied(self.module, widen)
             twin = HostedModel(self.registration, module, self.device)
             twin.natural = self.natural
         # Its derivatives are held against differences, which narrow types would drown in rounding.
@@ -397,12 +403,34 @@ def _forward(target: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
     return _forward(inner) if isinstance(inner, nn.Module) else target.forward
 
 
+def copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
+    """A deep copy, with the hooks on parameters, which torch's copies of them do not have.
+
+    change: what is done to its parameters and buffers. Raises whatever the module's own copying raises.
+    """
+    found: nn.Module = copy.deepcopy(module)
+    if change is not None:
+        found._apply(change)  # type: ignore[no-untyped-call]
+    twins = dict(found.named_parameters())
+    for name, own in module.named_parameters():
+        twin = twins.get(name)
+        if twin is None or twin is own or not own._backward_hooks or twin._backward_hooks:
+            continue
+        requires = twin.requires_grad
+        # Else there is nothing to hang them on.
+        twin.requires_grad_(True)
+        for hook in own._backward_hooks.values():
+            twin.register_hook(hook)  # type: ignore[no-untyped-call]
+        twin.requires_grad_(requires)
+    return found
+
+
 def build(registration: Registration, device: torch.device) -> HostedModel:
     """Runs the factory and takes its model to the device. Raises LoadError naming the model and the cause."""
     owner = f"model {registration.name!r}"
     target = registration.target
     if isinstance(target, nn.Module):
-        module = copy.deepcopy(target)
+        module = copied(target)
     elif registration.kind == "function" or (registration.kind == "auto" and _takes_arguments(target)):
         if registration.options.checkpoint:
             raise LoadError(f"{owner}: checkpoint names modules, which a function has none of")

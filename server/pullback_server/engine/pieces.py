@@ -32,6 +32,9 @@ class InOne(Exception):
 def pieceable(job: Job, hosted: HostedModel) -> int:
     """The rows of a job that can be computed piece by piece; 0 where it cannot, as far as its shapes tell."""
     rows = separable(job, hosted)
+    if not hosted.additive and any(wrt.place == "param" for wrt in job.wrt):
+        # They are added up over the pieces.
+        return 0
     if job.kind in ("jvp", "hvp") and (job.loss is not None or any(wrt.place != "input" for wrt in job.wrt)):
         return 0
     return rows
@@ -213,6 +216,7 @@ class _Gathered:
         self._axis = call.axis
         self._sums = [wrt.place == "param" for wrt in call.job.wrt if wrt.place != "target"]
         self._parts: list[list[torch.Tensor | None]] = [[] for _ in self._sums]
+        self._dtypes: list[torch.dtype | None] = [None for _ in self._sums]
         self._stands: list[list[torch.Tensor]] = [[] for _ in self._sums]
 
     def add(self, found: Sequence[torch.Tensor | None], stands: Sequence[torch.Tensor]) -> None:
@@ -221,17 +225,21 @@ class _Gathered:
                 self._parts[index].append(gradient)
                 self._stands[index].append(stand.detach())
             elif gradient is not None:
-                total = self._parts[index]
-                self._parts[index] = [gradient if not total or total[0] is None else total[0] + gradient]
+                self._dtypes[index] = gradient.dtype
+                (total,) = self._parts[index] or [None]
+                if gradient.is_floating_point() and gradient.itemsize < 4 and gradient.layout is torch.strided:
+                    # Every sum in so few bits would lose some.
+                    gradient = gradient.float()
+                self._parts[index] = [gradient if total is None else total + gradient]
 
     def joined(self) -> list[torch.Tensor | None]:
         """None: unused by every piece."""
         found: list[torch.Tensor | None] = []
-        for sums, parts, stands in zip(self._sums, self._parts, self._stands, strict=True):
+        for sums, parts, stands, dtype in zip(self._sums, self._parts, self._stands, self._dtypes, strict=True):
             if all(part is None for part in parts):
                 found.append(None)
             elif sums:
-                found.append(parts[0])
+                found.append(None if parts[0] is None else parts[0].to(dtype))
             else:
                 dense = [torch.zeros_like(s) if p is None else p for p, s in zip(parts, stands, strict=True)]
                 found.append(torch.cat([part.to_dense() for part in dense], self._axis))

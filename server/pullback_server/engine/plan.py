@@ -42,13 +42,17 @@ class Variant:
         """Whether it can stand for the model's code in a call that differentiates `pulled` by what is wanted.
 
         pulled: names of outputs; None: it may be any of them. Compiled code gives a gradient of zero where nothing
-        depends on an input, and callers are told the one from the other.
+        depends on an input, and callers are told the one from the other. A compiled backward takes outputs that are
+        not pulled for pulled by zero, of which the model's own backward, not run at all, need not make zero.
         """
         if not self.requiring.issuperset(wanted) or bool(self.requiring) != bool(wanted):
             return False
+        every = self.reach[""]
         if pulled is None:
-            return all(self.reach[label] == self.reach[""] for label in wanted)
-        return all(not self.reach[label].isdisjoint(pulled) for label in wanted)
+            return not wanted or (len(every) <= 1 and all(self.reach[label] == every for label in wanted))
+        return not wanted or (
+            every.issubset(pulled) and all(not self.reach[label].isdisjoint(pulled) for label in wanted)
+        )
 
 
 @dataclass

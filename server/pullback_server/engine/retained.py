@@ -7,7 +7,7 @@ a graph or the last handle of one goes. A weak reference keeps a storage's heade
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,19 +41,57 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def _of_saved(saved: Any) -> list[torch.Tensor]:
-    """The tensors in a SavedTensor, or in several."""
+def _of_saved(saved: Any, frames: dict[int, Any]) -> list[torch.Tensor]:
+    """The tensors in a SavedTensor, or in several, and in the checkpoints that they belong to.
+
+    frames: of checkpoints that were looked at, by id; others are added.
+    """
     if isinstance(saved, (tuple, list)):
-        return [tensor for item in saved for tensor in _of_saved(item)]
+        return [tensor for item in saved for tensor in _of_saved(item, frames)]
+    found: list[torch.Tensor] = []
     try:
+        # torch has not always told what the hooks are.
+        for value in _closed_over(getattr(saved, "unpack_hook", None)):
+            if type(value).__name__ == "_CheckpointFrame" and id(value) not in frames:
+                frames[id(value)] = value
+                found += _of_frame(value)
         # What hooks packed is not unpacked: that might compute a checkpoint's forward anew.
-        return _tensors_in(saved.data)
+        found += _tensors_in(saved.data)
     # Freed, or changed in place.
     except RuntimeError:
-        return []
+        pass
+    return found
 
 
-def _saved_by(node: Any) -> Iterable[torch.Tensor]:
+def _closed_over(code: Any) -> Iterator[Any]:
+    for cell in getattr(code, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        # Nothing was assigned yet.
+        except ValueError:
+            continue
+
+
+def _of_frame(frame: Any) -> list[torch.Tensor]:
+    """What a checkpoint (torch.utils.checkpoint, without reentrance) keeps to compute its forward anew with."""
+    found = [t for given in getattr(frame, "saved_args", ()) for t in _tensors_in(getattr(given, "data", given))]
+    stack, seen = [getattr(frame, "recompute_fn", None)], set()
+    while stack:
+        code = stack.pop()
+        if id(code) in seen:
+            continue
+        seen.add(id(code))
+        for value in _closed_over(code):
+            if hasattr(value, "__closure__"):
+                stack.append(value)
+            else:
+                found += _tensors_in(tuple(value.values()) if isinstance(value, dict) else value)
+    for tensors in getattr(frame, "recomputed", {}).values():
+        found += _tensors_in(list(tensors.values()))
+    return found
+
+
+def _saved_by(node: Any, frames: dict[int, Any]) -> Iterable[torch.Tensor]:
     kind = type(node)
     names = _saved_names.get(kind)
     if names is None:
@@ -65,7 +103,7 @@ def _saved_by(node: Any) -> Iterable[torch.Tensor]:
         except RuntimeError:
             continue
         if saved is not None:
-            found += _of_saved(saved)
+            found += _of_saved(saved, frames)
     variable = getattr(node, "variable", None)
     if variable is not None:
         found.append(variable)
@@ -127,6 +165,7 @@ class Ledger:
     def note_graph(self, tensors: Iterable[torch.Tensor]) -> None:
         """What the graphs behind some tensors saved, as far as it is not noted yet."""
         stack: list[Any] = [node for tensor in tensors if (node := _node_of(tensor)) is not None]
+        frames: dict[int, Any] = {}
         note = self.note
         while stack:
             node = stack.pop()
@@ -134,7 +173,7 @@ class Ledger:
             if _NOTED in marks:
                 continue
             marks[_NOTED] = True
-            for tensor in _saved_by(node):
+            for tensor in _saved_by(node, frames):
                 note(tensor)
             for following, _ in node.next_functions:
                 if following is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pullback_server.engine.backward import NO_FORMULA
 from pullback_server.engine.call import model_error, text_of
+from pullback_server.engine.modes import Unrepeatable
 from pullback_server.engine.tape_state import Lineage
 from pullback_server.faults import Fault
 from pullback_wire import Reason
@@ -15,6 +16,14 @@ def explained(error: BaseException, lineage: Lineage, first: bool) -> Fault:
     owner = " or ".join(sorted(hosted.owner for hosted in lineage.models)) or "the graph"
     if isinstance(error, Warning) and any(part in text for part in NO_FORMULA):
         return Fault(Reason.NOT_DIFFERENTIABLE, f"{owner} cannot be differentiated: {text}", "outputs")
+    if isinstance(error, Unrepeatable):
+        # Not learned: it may be the caller who changed it, and nobody's activations are kept for that.
+        return Fault(
+            Reason.MODIFIED_IN_PLACE,
+            f"a tensor that the backward computes a part of {owner} with, which keeps no activations, was changed in "
+            "place after the forward",
+            "outputs",
+        )
     if not lineage.models and isinstance(error, Exception) and not isinstance(error, RuntimeError):
         return Fault(Reason.BAD_OPERAND, f"torch's backward raised {type(error).__name__}: {text}", "outputs")
     if not isinstance(error, RuntimeError):

@@ -20,7 +20,7 @@ from pullback_server.engine.guards import (
 )
 from pullback_server.engine.hosted import HostedModel, same
 from pullback_server.engine.losses import PreparedLoss
-from pullback_server.engine.modes import BuffersWritten
+from pullback_server.engine.modes import Unrepeatable, repeatable
 from pullback_server.engine.replica import Stage
 from pullback_server.engine.tape_state import PLAIN, Held, Lineage, merged
 from pullback_server.faults import Fault, listed
@@ -178,7 +178,7 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
     watching = contextlib.nullcontext() if hosted.stock or run.no_grad else witness.watching()
     randomness.restart()
     try:
-        with hosted.precision(), _kernels(hosted, run, stage), stage.code() as code, watching:
+        with hosted.precision(), _kernels(hosted, run, stage), stage.code() as code, repeatable(), watching:
             result = code(*arguments, **keywords)
     except Fault:
         raise
@@ -256,7 +256,8 @@ def _explain(hosted: HostedModel, error: BaseException, inputs: _Watched, parame
             hosted.writes_parameters = True
             raise Again from error
     _check_untouched(hosted, inputs, parameters)
-    if isinstance(error, BuffersWritten):
+    if isinstance(error, Unrepeatable):
+        error.learn()
         raise Again from error
     if isinstance(error, RuntimeError) and "does not require grad" in text and not natural:
         hosted.needs_natural = True

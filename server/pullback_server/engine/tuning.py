@@ -5,7 +5,7 @@ from __future__ import annotations
 from pullback_server.engine.call import out_of_memory
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.row_trials import NotProbed, RowTrial, clock
-from pullback_server.engine.rows import probe_rows
+from pullback_server.engine.rows import check_many, probe_rows, refusing
 from pullback_server.engine.trial import Compute
 from pullback_server.faults import Fault
 from pullback_server.hosting.loading import LoadError
@@ -41,14 +41,18 @@ def settle_batching(hosted: HostedModel, compute: Compute) -> None:
             ) from None
         hosted.batch = BatchRecord(evidence=f"not known whether its rows are independent: {error}")
         return
+    rows, most = batching.max_rows, options.micro_batch
     if not batching.enabled:
+        with refusing(hosted):
+            check_many(trial, _MOST)
         hosted.batch = BatchRecord(evidence=f"batching is switched off; {evidence}")
         return
-    rows, most = batching.max_rows, options.micro_batch
     if rows is None:
         rows, gain = best_rows(trial, batching.max_bytes, most or _MOST)
         what = f"{rows} rows are computed {gain:.1f} times as fast as one by one" if rows > 1 else "one row is best"
         evidence = f"{evidence}; {what}"
+    with refusing(hosted):
+        check_many(trial, rows)
     names = sorted(hosted.batched_inputs)
     hosted.batch = BatchRecord(min(rows, most or rows), batching.max_bytes, batching.max_delay, evidence, names)
 

@@ -130,11 +130,14 @@ class _Maker:
         hosted = self._hosted
         everything = dict.fromkeys((*requiring, ""), frozenset[str]())
         variant = Variant(compiled(hosted.code, self._plan.graphs), requiring, everything)
-        dtypes = {own.dtype for own in hosted.parameters.values()}
+        dtypes = {own.dtype for own in hosted.parameters.values()} | ({hosted.autocast} if hosted.autocast else set())
         found = shapes_of(self._sample(records, extents, 0))
         for point in range(_POINTS):
             inputs = self._sample(records, extents, point)
             expected = self._run(inputs, requiring)
+            for part in _parts(requiring) if point == 0 else ():
+                if why := disagreement(self._run(inputs, part), expected, dtypes, fewer=True):
+                    raise Refused(f"what it computes depends on what requires grad: {why}")
             trial = Plan(self._plan.graphs, warming=point == 0)
             trial.add(found, variant)
             hosted.plans = trial
@@ -142,7 +145,7 @@ class _Maker:
                 actual = self._run(inputs, requiring)
             finally:
                 hosted.plans = None
-            if why := disagreement(expected, actual, dtypes | ({hosted.autocast} if hosted.autocast else set())):
+            if why := disagreement(expected, actual, dtypes):
                 raise Refused(why)
         self._plan.add(found, replace(variant, reach=expected.reach))
 
@@ -184,6 +187,13 @@ class _Maker:
         if drawn:
             raise Refused("it draws random numbers")
         return found
+
+
+def _parts(requiring: frozenset[str]) -> list[frozenset[str]]:
+    """What a variant may be asked for less than all of: code may look at what requires grad."""
+    inputs = frozenset(label for label in requiring if label.startswith("input:"))
+    parts = {frozenset([label]) for label in inputs} | {inputs, requiring - inputs}
+    return sorted((part for part in parts if part and part != requiring), key=sorted)
 
 
 def _found(fw: Forward, labels: Sequence[str], *, separately: bool) -> Found:

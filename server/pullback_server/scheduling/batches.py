@@ -74,13 +74,17 @@ class Merged:
         self.shares, self.tickets, self._jobs = [], (), []
         self._pending = self.task = None
 
-    async def run(self, worker: Worker, withdrawn: Callable[[], bool]) -> Computed | WorkerLost | None:
+    async def run(
+        self, worker: Worker, withdrawn: Callable[[], bool], computed: Callable[[], None]
+    ) -> Computed | WorkerLost | None:
         """Sends the batch and hands out what it came to. None: it came to nothing, which the members were told.
 
+        computed: called when the worker has computed it, before anything is handed out: the next batch should be on its
+            way before this one's answers are.
         withdrawn: whether it has turned out meanwhile that such jobs must not be merged.
         """
         try:
-            return await self._run(worker, withdrawn)
+            return await self._run(worker, withdrawn, computed)
         except WorkerLost as lost:
             self._fail(lost)
             return lost
@@ -95,7 +99,7 @@ class Merged:
             raise
         return None
 
-    async def _run(self, worker: Worker, withdrawn: Callable[[], bool]) -> Computed:
+    async def _run(self, worker: Worker, withdrawn: Callable[[], bool], computed: Callable[[], None]) -> Computed:
         batch = Batch(
             self._jobs,
             [len(ticket.payloads) for ticket in self.tickets],
@@ -107,7 +111,9 @@ class Merged:
         for index, share in enumerate(self.shares):
             if share.answer.done():
                 self._pending.pass_over(index)
-        return self._hand_out(await self._pending.reply(), withdrawn())
+        reply = await self._pending.reply()
+        computed()
+        return self._hand_out(reply, withdrawn())
 
     def left(self, index: int) -> None:
         """The caller of a member has gone."""

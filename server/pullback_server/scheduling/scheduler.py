@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 STAGED = 2
 #: A worker that will be busy for so many seconds gets no second job yet, since who is next may change until then;
 #: unless the job brings so many bytes that writing them meanwhile is worth it.
-_LONG, _LARGE = 0.02, 1 << 20
+_LONG, _LARGE = 0.005, 1 << 20
 #: Seconds between looks for a worker that is ready.
 _LOOK_AGAIN = 0.05
 #: Callers of sessions whose ops' costs are remembered.
@@ -553,22 +554,21 @@ class Scheduler:
 
     async def _run_batch(self, batch: Merged, worker: Worker, cost: float) -> None:
         model = (batch.first.model, batch.first.version)
-        try:
+        with contextlib.ExitStack() as place:
+            place.callback(self._release, worker, cost)
             try:
-                computed = await batch.run(worker, lambda: model in self._unmergeable)
+                computed = await batch.run(worker, lambda: model in self._unmergeable, place.close)
+                if isinstance(computed, WorkerLost):
+                    if computed.suspect:
+                        self._tally.killed(batch.first.model, "timeout" if computed.overdue else "died")
+                elif computed is not None:
+                    self._note(batch, computed)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                logger.exception("a batch for model %r failed inside the server", batch.first.model)
             finally:
-                self._release(worker, cost)
-            if isinstance(computed, WorkerLost):
-                if computed.suspect:
-                    self._tally.killed(batch.first.model, "timeout" if computed.overdue else "died")
-            elif computed is not None:
-                self._note(batch, computed)
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            logger.exception("a batch for model %r failed inside the server", batch.first.model)
-        finally:
-            batch.forget()
+                batch.forget()
 
     def _note(self, batch: Merged, computed: Computed) -> None:
         outcome, first = computed.outcome, batch.first
