@@ -380,7 +380,8 @@ def test_the_shadow(host: Any) -> None:
 
 def test_the_shadow_sees_rows_that_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def coupled(x: Tensor) -> Tensor:
-        return x + (1e-2 * x.mean() if x.shape[0] >= 20 else 0)
+        # At load it does not show.
+        return x + (1e-2 * x.mean() if 20 <= x.shape[0] < 30 else 0)
 
     host = jobs.host_function(coupled, inputs={"x": spec("float64", ["n"])}, batch_axis=0)
     made = [jobs.make_job("evaluate", "f", {"x": real(n)}) for n in (15, 9, 2)]
@@ -388,6 +389,92 @@ def test_the_shadow_sees_rows_that_depend_on_each_other(monkeypatch: pytest.Monk
     for result, one in zip(found.members, made, strict=True):
         agree(result, alone(host, one))
     assert "output 'output' [15]" in found.refused and "of its norm" in found.refused
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, host: Any) -> list[int]:
+    """The rows of every job that is computed alone."""
+    rows: list[int] = []
+    real_run = host.engine.run
+
+    def run_alone(job: Any, tensors: Any) -> Any:
+        rows.append(job.inputs[0].shape[0])
+        return real_run(job, tensors)
+
+    monkeypatch.setattr(host.engine, "run", run_alone)
+    return rows
+
+
+def test_the_first_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = jobs.Host(ZOO["small"])
+    seen = counting(monkeypatch, host)
+    for kind in ("evaluate", "vjp"):
+        for expected in ([1], [3], [2], [1], [], []):
+            run(host, [small(kind, n) for n in (1, 2, 3)])
+            assert seen == expected
+            seen.clear()
+    # Whoever is asked for counts.
+    for shadow, expected in ((2, [3]), (1, [2]), (-1, [2]), (-1, [1]), (-1, []), (2, [3])):
+        run(host, [small("jvp", n) for n in (1, 2, 3)], shadow=shadow)
+        assert seen == expected
+        seen.clear()
+
+
+def test_the_first_do_not_depend_on_each_other_unseen() -> None:
+    def coupled(x: Tensor) -> Tensor:
+        return x + (1e-2 * x.mean() if 20 <= x.shape[0] < 30 else 0)
+
+    host = jobs.host_function(coupled, inputs={"x": spec("float64", ["n"])}, batch_axis=0)
+    made = [jobs.make_job("evaluate", "f", {"x": real(n)}) for n in (15, 9, 2)]
+    assert "of its norm" in check(host, made, merges=0).refused
+
+
+def test_faults_are_checked(monkeypatch: pytest.MonkeyPatch, host: Any) -> None:
+    def classes(n: int, most: int) -> Made:
+        return small("vjp", n, loss="cross_entropy", targets={"target": torch.full((n,), most)})
+
+    host = jobs.Host(ZOO["small"])
+    seen = counting(monkeypatch, host)
+    for _ in range(6):
+        # They are the same alone.
+        assert not run(host, [classes(1, 0), classes(2, 5), classes(3, 0), classes(4, 0)]).refused
+    assert seen.count(2) == 4
+    real_together = merged.together
+
+    def unfair(*given: Any) -> Any:
+        return [*real_together(*given)[:-1], Fault(Reason.MODEL_ERROR, "not today")]
+
+    for shadow in (-1, 1):
+        host = jobs.Host(ZOO["small"])
+        made = [small("vjp", n) for n in (2, 3)]
+        with monkeypatch.context() as patch:
+            patch.setattr("pullback_server.engine.batches.together", unfair)
+            found = check(host, made, merges=0, shadow=shadow)
+        assert "it fails: not today" in found.refused
+
+
+def test_a_fault_leaves_others_their_forward_mode(host: Any) -> None:
+    """Of an infinite input forward mode makes another NaN than two backwards."""
+
+    def one(n: int, first: float, target: int) -> Made:
+        job, tensors = small("jvp", n, loss="cross_entropy", options={"reduction": "none"}, targets=classes(n, target))
+        tensors[0][0, 0] = first
+        return job, tensors
+
+    def classes(n: int, target: int) -> dict[str, Tensor]:
+        return {"target": torch.full((n,), target)}
+
+    found = check(host, [one(2, float("inf"), 0), one(3, 0.0, 9), one(2, 1.0, 1), one(1, 0.0, -5)])
+    assert [isinstance(member, Fault) for member in found.members] == [False, True, False, True]
+    assert not found.refused
+
+
+def test_members_that_move_different_things(host: Any) -> None:
+    made = []
+    for rows, moved in ((2, "x"), (1, "scale"), (3, "x"), (2, "scale")):
+        inputs = {"x": real(rows, 3), "scale": real(rows)}
+        given = {"cotangents": {"head": real(rows, 2)}, "tangents": {moved: torch.ones_like(inputs[moved])}}
+        made.append(jobs.make_job("hvp", "heads", inputs, wrt=["scale", "x"], **given))
+    check(host, made)
 
 
 # Memory.
@@ -421,6 +508,8 @@ def test_padding() -> None:
     options = Options(batching=Batching(pad_to=(4, 16)))
     host = jobs.host_factory(Seeing, inputs={"x": spec("float64", ["n", 2])}, batch_axis=0, options=options)
     plain = jobs.host_factory(Seeing, inputs={"x": spec("float64", ["n", 2])}, batch_axis=0)
+    # Else members are computed alone as well.
+    host.engine.find("f", "1").checked_batches |= {f"{kind} EngineResult": 4 for kind in ("evaluate", "vjp")}
     for rows, padded in (((1, 2), 4), ((2, 2), 4), ((3, 4), 16), ((9, 8), 17), ((3,), 4), ((5,), 16)):
         for kind, loss in itertools.product(("evaluate", "vjp"), (None, "mse_loss")):
             made = []
@@ -500,6 +589,47 @@ def test_pieces(which: int, rows: int) -> None:
     host.engine.find("f", "1").module.seen.clear()
     alone(host, made)
     assert max(host.engine.find("f", "1").module.seen) == min(rows, 3)
+
+
+def test_pieces_that_do_not_add_up() -> None:
+    """The gradients of a parameter that a hook clips are clipped once."""
+
+    class Clipped(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[0].weight.register_hook(lambda gradient: gradient.clamp(-1e-2, 1e-2))
+
+    def hosts(**options: Any) -> Any:
+        return jobs.host_factory(
+            Clipped, inputs={"x": spec("float64", ["n", 3])}, batch_axis=0, options=Options(**options)
+        )
+
+    host, whole = hosts(micro_batch=3), hosts()
+    seen = host.engine.find("f", "1").module.seen
+    for wrt, rows in (["param:layers.0.weight", "x"], 7), (["x"], 3):
+        made = jobs.make_job("vjp", "f", {"x": real(7, 3)}, wrt=wrt, cotangents={"output": real(7, 2)})
+        expected = alone(whole, made)
+        seen.clear()
+        agree(alone(host, made), expected)
+        assert max(seen) == rows
+
+
+def test_narrow_sums_of_pieces() -> None:
+    """What is added up in few bits loses what the later pieces add."""
+
+    def narrow(**options: Any) -> Any:
+        factory = lambda: nn.Linear(4, 2).bfloat16()
+        inputs = {"input": spec("bfloat16", ["n", 4])}
+        return jobs.host_factory(factory, inputs=inputs, batch_axis=0, options=Options(**options))
+
+    x, v = torch.randn(1024, 4) + 1, torch.randn(1024, 2) + 0.5
+    x, v = x.bfloat16(), v.bfloat16()
+    made = jobs.make_job("vjp", "f", {"input": x}, wrt=["param:weight"], cotangents={"output": v})
+    expected = v.double().T @ x.double()
+    for host in (narrow(), narrow(micro_batch=1)):
+        found = jobs.unpack(host.engine.run(*made)).grads["param:weight"]
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).norm() < 5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tests.unit.engine_jobs import Host
-from tests.unit.tape_jobs import F64, Session, close, factory, function, real
+from tests.unit.tape_jobs import F64, Session, close, factory, function, real, refused
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations
@@ -20,6 +23,7 @@ from pullback_server import spec
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.hosting.options import Options
+from pullback_wire import Reason
 
 Tensor = torch.Tensor
 grad = torch.autograd.grad
@@ -322,6 +326,158 @@ def test_a_buffer_that_is_written_is_computed_with_as_it_was() -> None:
     s = Session(factory(counting, options=options))
     x = s.leaf(value)
     close(s.get(s.grad(s.op("sum", s.model("f", [x])), x)), expected)
+
+
+class Part(nn.Module):
+    """Given its tensors in various ways; may write into them, or draw numbers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.inner = nn.Linear(3, 3, dtype=F64)
+
+    def forward(self, h: Any = None, *, keyword: Any = None) -> Tensor:
+        if isinstance(h, tuple):
+            h = h[0]
+        h = keyword if h is None else h
+        if self.kind == "own":
+            h = h.mul_(2)
+        factor = 1.0
+        if self.training:
+            factor += random.random() if self.kind == "python" else float(np.random.rand())
+        return (self.inner(h) * factor).sin().exp()
+
+
+class Whole(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.block0, self.block1 = Part(kind), Part(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.block0, self.block1):
+            h = x * 2
+            y = block(keyword=h) if self.kind == "keyword" else block((h, x)) if self.kind == "tuple" else block(h)
+            if self.kind in ("keyword", "tuple", "argument"):
+                # No backward needs it any more, but the block's forward would.
+                h.add_(1)
+            x = y + h
+        return x
+
+
+@pytest.mark.parametrize("kind", ["keyword", "tuple", "argument", "own"])
+def test_a_checkpointed_module_whose_arguments_change(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    x, v, t = real(2, 3), real(2, 3), real(2, 3)
+    model, a = Whole(kind).requires_grad_(False), x.clone().requires_grad_()
+    (g,) = grad(model(a), a, v, create_graph=True)
+    h = host(lambda: Whole(kind), AGAIN, kind="factory")
+    with caplog.at_level(logging.WARNING):
+        reply = h("vjp", "f", {"x": x}, wrt=["x"], cotangents={"output": v})
+    assert [record.message.partition(" is not")[0] for record in caplog.records] == [
+        f"model 'f': its module 'block{index}'" for index in range(2)
+    ]
+    close(reply.grads["x"], g.detach())
+    reply = h("hvp", "f", {"x": x}, wrt=["x"], cotangents={"output": v}, tangents={"x": t})
+    close(reply.hvps["x"], grad(g, a, t)[0])
+    s = Session(factory(lambda: Whole(kind), options=AGAIN))
+    leaf = s.leaf(x)
+    close(s.get(s.grad(s.model("f", [leaf]), leaf, [v])), g.detach())
+
+
+def test_checkpointed_modules_that_work_in_place() -> None:
+    def activations() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(3, 3, dtype=F64), nn.ELU(inplace=True)) for _ in range(7)]
+        return nn.Sequential(*(layer for pair in layers for layer in pair))
+
+    x, v = real(2, 3), real(2, 3)
+    a = x.clone().requires_grad_()
+    (expected,) = grad(activations()(a), a, v)
+    # More of them than a call has attempts.
+    options = Options(checkpoint=("*",))
+    h = host(activations, options, inputs={"input": spec("float64", ["b", 3])})
+    assert h.engine.signatures()[0].orders.reverse == -1
+    close(h("vjp", "f", {"input": x}, wrt=["input"], cotangents={"output": v}).grads["input"], expected)
+    s = Session(factory(activations, options=options))
+    leaf = s.leaf(x)
+    close(s.get(s.grad(s.model("f", [leaf]), leaf, [v])), expected)
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy"])
+def test_a_checkpointed_module_draws_the_same_numbers_again(kind: str) -> None:
+    x, v = real(2, 3), real(2, 3)
+    found = []
+    for options in (Options(), AGAIN):
+        h = host(lambda: Whole(kind), options, kind="factory")
+        reply = h(
+            "vjp", "f", {"x": x}, wrt=["x", "param:block0.inner.weight"], cotangents={"output": v}, train=True, seed=5
+        )
+        s = Session(factory(lambda: Whole(kind), options=options))
+        leaf = s.leaf(x)
+        y = s.model("f", [leaf], train=True, seed=5)
+        before = random.getstate()
+        first = s.get(s.grad(y, leaf, [v], retain_graph=True))
+        assert random.getstate() == before
+        found.append([reply.outputs["output"], *reply.grads.values(), first, s.get(s.grad(y, leaf, [v]))])
+    close(found[1], found[0])
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Scale()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return torch.as_tensor(self.block(x, scale=scale))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=F64))
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return (x * self.weight).sin() * scale.sin()
+
+
+@pytest.mark.parametrize("what", ["scale", "weight"])
+def test_what_a_caller_changes_behind_a_checkpoint(what: str) -> None:
+    s = Session(factory(Scaled, options=AGAIN))
+    value, factor, v = real(2, 3), real(2, 3), real(2, 3)
+    # The first call gets copies. What a caller does has no consequences for others.
+    for changed in (False, True, False):
+        x, scale, weight = s.leaf(value), s.put(factor), s.put(torch.ones(3, dtype=F64))
+        s.grad(s.model("f", [x, scale], parameters={"block.weight": weight}), x, [v])
+        y = s.model("f", [x, scale], parameters={"block.weight": weight})
+        if changed:
+            s.in_place("add_", scale if what == "scale" else weight, torch.ones((), dtype=F64))
+            with refused(Reason.MODIFIED_IN_PLACE, "changed in place after the forward"):
+                s.grad(y, x, [v])
+        else:
+            close(s.get(s.grad(y, x, [v])), v * value.cos() * factor.sin())
+    held = s.retained
+    s.model("f", [s.leaf(real(50, 3)), s.put(real(50, 3))])
+    # What is kept is what it was given and what it returned.
+    assert s.retained - held == 3 * 50 * 3 * 8
+
+
+# Copies of what an operator has built.
+
+
+def test_hooks_on_the_parameters_of_a_module_that_was_built_already() -> None:
+    model = nn.Linear(3, 2, dtype=F64)
+    model.weight.register_hook(lambda g: g * 3)
+    model.bias.requires_grad_(False)
+    x, v, t = real(4, 3), real(4, 2), real(4, 3)
+    h = host(model, Options(), inputs={"input": spec("float64", ["b", 3])})
+    reply = h("vjp", "f", {"input": x}, wrt=["param:weight", "input"], cotangents={"output": v})
+    close(reply.grads["param:weight"], 3 * v.T @ x)
+    close(reply.grads["input"], v @ model.weight.detach())
+    hosted = h.engine.find("f", "")
+    assert hosted.hooked and hosted.natural == {"weight": True, "bias": False}
+    (hook,) = (hosted.widened().parameters["weight"]._backward_hooks or {}).values()
+    close(hook(t), 3 * t)
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,80 @@ def failing(x: Tensor) -> Tensor:
     raise RuntimeError("no forward today")
 
 
-def planned(model: HostedModel, code: Callable[..., Any]) -> None:
+def planned(model: HostedModel, code: Callable[..., Any], *outputs: str) -> None:
     """Gives a model a plan that was never held against anything."""
     model.plans = Plan(graphs=False)
     x = frozenset({("x", torch.Size([2, 3]), F64)})
-    reach = {"": frozenset({"output"}), "input:x": frozenset({"output"})}
-    model.plans.add(x, Variant(code, frozenset({"input:x"}), reach))
+    every = frozenset(outputs or ("output",))
+    model.plans.add(x, Variant(code, frozenset({"input:x"}), {"": every, "input:x": every}))
+
+
+class Penalised(torch.autograd.Function):
+    """Its backward makes something of a cotangent of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.as_tensor(g + 0.1 * ctx.saved_tensors[0])
+
+
+def penalised(x: Tensor) -> Any:
+    return {"y": x.sin(), "aux": Penalised.apply(x).sum(1)}
+
+
+def check_penalised(h: Host, ran: list[frozenset[str]]) -> None:
+    """Calls that pull both outputs may be computed by a plan, and no others."""
+    x, v, u = real(2, 3), real(2, 3), real(2)
+    a = x.clone().requires_grad_()
+    outputs = penalised(a)
+    y, aux = outputs["y"], outputs["aux"]
+    ran.clear()
+    reply = h("vjp", "f", {"x": x}, wrt=["x"], cotangents={"y": v})
+    close(reply.grads["x"], grad(y, a, v, retain_graph=True)[0])
+    reply = h("vjp", "f", {"x": x}, wrt=["x"], loss="mse_loss", bindings={"input": "y"}, targets={"target": v})
+    close(reply.grads["x"], grad(((y - v) ** 2).mean(), a, retain_graph=True)[0])
+    assert not ran
+    reply = h("vjp", "f", {"x": x}, wrt=["x"], cotangents={"y": v, "aux": u})
+    close(reply.grads["x"], grad([y, aux], a, [v, u])[0])
+    assert len(ran) == 1
+
+
+def test_a_plan_is_for_gradients_of_all_that_it_returns(ran: list[frozenset[str]]) -> None:
+    h, model = host(penalised, options=Options())
+    # As compiled code does: what is not pulled is pulled by zero.
+    planned(model, lambda x: {key: out + 0 for key, out in penalised(x).items()}, "y", "aux")
+    check_penalised(h, ran)
+
+
+def whose(x: Tensor, y: Tensor) -> Tensor:
+    return x.sin() * (2.0 if y.requires_grad else 1.0) + y
+
+
+class Whose(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w * (2.0 if x.requires_grad else 1.0) + x
+
+
+@pytest.mark.parametrize(("code", "kind"), [(whose, "function"), (Whose, "factory")])
+def test_a_plan_of_code_that_looks_at_what_requires_grad(code: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pullback_server.engine.warming.compiled", lambda code, graphs: code)
+    names = ["x", "y"] if code is whose else ["x"]
+    _, model = host(code, 2, kind=kind, inputs=dict.fromkeys(names, DECLARED["x"]))
+    assert model.plan.startswith("refused: what it computes depends on what requires grad: output"), model.plan
+
+
+def test_plans_of_several_inputs_of_which_outputs_depend_on_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pullback_server.engine.warming.compiled", lambda code, graphs: code)
+    _, model = host(heads, 2, inputs={"x": DECLARED["x"], "z": DECLARED["x"]})
+    assert model.plans is not None, model.plan
 
 
 @pytest.mark.parametrize("code", [failing, Raises.apply], ids=["forward", "backward"])
@@ -289,8 +357,15 @@ def test_what_does_not_depend_on_an_input_is_told_from_what_is_zero(ran: list[fr
     with refused(Reason.UNUSED_INPUT):
         h("vjp", "f", inputs, wrt=["x"], cotangents={"b": v})
     assert not ran
-    close(h("vjp", "f", inputs, wrt=["x"], cotangents={"a": v}).grads["x"], 2 * v * inputs["x"].cos())
+    close(h("vjp", "f", inputs, wrt=["x"], cotangents={"a": v, "b": v}).grads["x"], 2 * v * inputs["x"].cos())
     assert len(ran) == 1
+
+
+@pytest.mark.slow
+def test_an_output_that_is_not_pulled_is_not_pulled_by_zero(ran: list[frozenset[str]]) -> None:
+    h, model = host(penalised, 2)
+    assert model.plans is not None, model.plan
+    check_penalised(h, ran)
 
 
 @pytest.mark.slow

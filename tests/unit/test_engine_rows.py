@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -232,13 +233,25 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         IMAGES,
         "output 'output'",
     ),
-    "one output is a mean": (total, PLAIN, "output 'output_1' is float32 [] for 11 rows"),
-    "rows along another axis": (
-        lambda: nn.GRU(8, 4, batch_first=True),
-        {"input": spec("float32", ["n", 5, 8])},
-        "output 'output_1' is float32 [1, 11, 4] for 11 rows",
+    "a larger cotangent in another row": (
+        lambda: Wrapped(nn.Linear(6, 6), then=bounded),
+        PLAIN,
+        "times 1e+06 in other",
     ),
-    "no rows come out": (lambda: Wrapped(then=lambda x: x.mean(0)), PLAIN, "[6] for 11 rows"),
+    "a smaller cotangent in another row": (lambda: Wrapped(nn.Linear(6, 6), then=vanishing), PLAIN, "times 1e-06 in"),
+    "a cotangent that is NaN in another row": (lambda: Wrapped(then=unless_nan), PLAIN, "times nan in other rows"),
+    "a declared bound in another row": (
+        lambda: Wrapped(then=lambda x: x * (2.0 if bool((x == 1).any()) else 1.0)),
+        {"x": spec("float32", ["n", 6], low=-1, high=1)},
+        "with the maximum in other rows",
+    ),
+    "other integers": (
+        lambda: WithLengths(),
+        {"x": spec("float32", ["n", 5]), "length": spec("int64", ["n"], low=0)},
+        "for other integers",
+    ),
+    "groups of 16 rows": (lambda: Wrapped(then=in_groups), PLAIN, ", of "),
+    "many equal rows": (lambda: Wrapped(then=crowded), PLAIN, "equal rows"),
     "attention across rows": (lambda: AcrossRows(), SEQUENCES, "output 'output'"),
     "NaN spreads": (guarded, PLAIN, "with nan in other rows"),
     "equal rows": (unique, PLAIN, "output 'output'"),
@@ -259,6 +272,55 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+class WithLengths(nn.Module):
+    """Divides by the longest of all."""
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        return x / length.max().clamp(min=3)
+
+
+class Pulled(torch.autograd.Function):
+    """The identity; a function says what its cotangent becomes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, become: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.become = become
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.become(gradient), None
+
+
+def bounded(x: Tensor) -> Tensor:
+    """The identity; clips its gradient to a norm over everything."""
+    found: Tensor = Pulled.apply(x, lambda g: g * torch.clamp(1e3 / (g.norm() + 1e-9), max=1).nan_to_num(1))
+    return found
+
+
+def vanishing(x: Tensor) -> Tensor:
+    """The identity; its gradient is another one where some of it is small."""
+    found: Tensor = Pulled.apply(x, lambda g: g * (2 if bool((g.norm(dim=1) < 1e-4).any()) else 1))
+    return found
+
+
+def unless_nan(x: Tensor) -> Tensor:
+    found: Tensor = Pulled.apply(x, lambda g: torch.zeros_like(g) if bool(g.isnan().any()) else g)
+    return found
+
+
+def in_groups(x: Tensor) -> Tensor:
+    """Ghost batch norm."""
+    return torch.cat([part - part.mean(0) if len(part) == 16 else part for part in x.split(16)])
+
+
+def crowded(x: Tensor) -> Tensor:
+    """Of equal rows only so many come through: a mixture of experts with a capacity."""
+    _, which = x.unique(dim=0, return_inverse=True)
+    before = (which[:, None] == which).tril(-1).sum(1, keepdim=True)
+    return torch.where(before < 20, x, 0)
+
+
 class WithMask(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x if mask is None else x * mask / mask.abs().max()
@@ -274,6 +336,102 @@ def test_dependent(name: str) -> None:
     assert text.endswith("; leave batch_axis out") and what in text, text
     # Not declared, it does no harm.
     assert load(target, inputs, axis=None).batch.max_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "inputs", "name"),
+    [
+        (total, PLAIN, "'output_1'"),
+        (lambda: nn.GRU(8, 4, batch_first=True), {"input": SEQUENCES["x"]}, "'output_1'"),
+        (lambda: Scaled(), PLAIN, "'scale'"),
+        (lambda: Wrapped(then=lambda x: x.mean(0)), PLAIN, "'output'"),
+        # As many as there are rows in the first sample.
+        (lambda: Wrapped(then=lambda x: (x, torch.arange(11.0))), PLAIN, "'output_1'"),
+    ],
+)
+def test_an_output_without_the_axis(target: Any, inputs: Any, name: str) -> None:
+    found = load(target, inputs)
+    assert found.batch.max_rows == 0 and f"output {name} does not have the batch axis" in found.batch.evidence
+    with pytest.raises(LoadError, match="has micro_batch=2"):
+        load(target, inputs, options=Options(micro_batch=2))
+
+
+class Scaled(nn.Module):
+    """Its temperature is one of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": x * self.scale.exp(), "scale": self.scale.exp()}
+
+
+# Whether gradients by parameters are sums over rows.
+
+
+class Quantised(torch.autograd.Function):
+    """LSQ: the gradient of the step is divided by the elements."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
+        ctx.save_for_backward(x, step)
+        return torch.round(x / step) * step
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, step = ctx.saved_tensors
+        return g, (g * (torch.round(x / step) - x / step)).sum() / math.sqrt(x.numel())
+
+
+class Lsq(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = Quantised.apply(x, self.step)
+        return found
+
+
+def hooked(hook: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A linear layer with a hook on a parameter. (A copy has none.)"""
+    model = Wrapped(nn.Linear(6, 3))
+    model.layers[0].weight.register_hook(hook)
+    return model
+
+
+ADDITIVE: dict[str, tuple[Any, Any, bool]] = {
+    "linear": (lambda: Wrapped(nn.Linear(6, 3)), PLAIN, True),
+    "no parameters": (lambda: Wrapped(), PLAIN, True),
+    "unused": (lambda: Wrapped(nn.Linear(6, 3), then=lambda x: x.detach()), PLAIN, True),
+    "bfloat16": (lambda: Wrapped(nn.Linear(6, 3)).bfloat16(), {"x": spec("bfloat16", ["n", 6])}, True),
+    "normalised": (lambda: Wrapped(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()), IMAGES, True),
+    "words": (lambda: Bagged(), WORDS, True),
+    "sparse words": (lambda: nn.Embedding(10, 4, sparse=True), {"input": WORDS["ids"]}, True),
+    "by frequency": (lambda: nn.Embedding(10, 4, scale_grad_by_freq=True), {"input": WORDS["ids"]}, False),
+    # No two rows of a random sample have a word in common.
+    "by frequency, of many": (
+        lambda: nn.Embedding(30000, 4, scale_grad_by_freq=True),
+        {"input": spec("int64", ["n"], low=0, high=29999)},
+        False,
+    ),
+    "divided by elements": (lambda: Lsq(), PLAIN, False),
+    "clipped by a hook": (lambda: hooked(lambda g: g.clamp(-100, 100)), PLAIN, False),
+    "normalised by a hook": (lambda: hooked(lambda g: g / g.norm()), PLAIN, False),
+    "scaled by a hook": (lambda: hooked(lambda g: 2 * g), PLAIN, True),
+}
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_additive(name: str) -> None:
+    target, inputs, additive = ADDITIVE[name]
+    host = jobs.host_factory(target, inputs=inputs, batch_axis=0, options=Options(micro_batch=2))
+    hosted = host.engine.find("f", "1")
+    told = "gradients by parameters are always computed in one: that by" in hosted.batch.evidence
+    assert (hosted.additive, told) == (additive, not additive), hosted.batch.evidence
+    hosted.spoilt = True
+    assert host.engine.find("f", "1").additive == additive
 
 
 def test_another_axis() -> None:

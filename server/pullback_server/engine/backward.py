@@ -8,7 +8,7 @@ import torch
 
 from pullback_server.engine.call import Call, model_error, out_of_memory
 from pullback_server.engine.guards import quiet_vmap
-from pullback_server.engine.modes import Unrepeatable
+from pullback_server.engine.recomputing import Unrepeatable
 from pullback_server.faults import Fault, listed
 from pullback_wire import Reason
 

@@ -26,6 +26,8 @@ _ATTEMPTS = 4
 #: Seconds for computing members alone after all. Who is not computed by then goes back to the front, where others have
 #: their turns in between, and each has a limit of its own.
 _PATIENCE = 0.2
+#: So many merged computations of a kind, and so many with faults, are compared with a member alone: the first ones.
+_CHECKED = 4
 
 
 @dataclass
@@ -80,12 +82,13 @@ class BatchRun:
         hosted = self._find()
         if not hosted.batched_inputs:
             self._refused = hosted.batch.evidence
-        groups = [[index for index, job in enumerate(self._jobs) if mergeable(job, hosted)]]
+        groups = self._groups(hosted)
         while groups:
             group = groups.pop()
             if len(group) > 1 and not self._refused:
                 groups += self._together(group)
-        self._look_at_shadow()
+        for index in self._to_check():
+            self._check(index)
         until = time.monotonic() + _PATIENCE
         for index in range(len(self._jobs)):
             if index not in self._found and time.monotonic() < until:
@@ -95,6 +98,14 @@ class BatchRun:
                 self._refuse(f"{len(group)} requests in one failed, and alone they did not: {failure}")
         members = [self._found.get(index) for index in range(len(self._jobs))]
         return BatchResult(members, self._merged, self._refused, self._splits, self._timings)
+
+    def _groups(self, hosted: HostedModel) -> list[list[int]]:
+        """The members that may be computed in one: those that have the same tangents."""
+        groups: dict[frozenset[str], list[int]] = {}
+        for index, job in enumerate(self._jobs):
+            if mergeable(job, hosted):
+                groups.setdefault(frozenset(ref.name for ref in job.tangents), []).append(index)
+        return list(groups.values())
 
     def _together(self, group: list[int]) -> list[list[int]]:
         """Computes some members in one. What is not found afterwards must be computed alone.
@@ -150,25 +161,45 @@ class BatchRun:
         self._splits += found.outcome.splits
         return found
 
-    def _look_at_shadow(self) -> None:
-        """Computes one member alone as well. Where that comes to something else, nothing merged is handed out."""
-        merged = self._found.get(self._shadow)
-        if not isinstance(merged, EngineResult):
+    def _to_check(self) -> list[int]:
+        """The members to compare with: the one asked for; while few were looked at, also a result and a fault."""
+        chosen = [self._shadow] if self._shadow in self._found else []
+        checked = self._find().checked_batches
+        for kind in (EngineResult, Fault):
+            members = [index for index, found in self._found.items() if isinstance(found, kind)]
+            of_kind = f"{self._jobs[0].kind} {kind.__name__}"
+            count = checked.get(of_kind, 0)
+            if members and count < _CHECKED:
+                checked[of_kind] = count + 1
+                if self._shadow not in members:
+                    # The first, the last, the last but one...
+                    chosen.append(members[-count % len(members)])
+        return chosen
+
+    def _check(self, index: int) -> None:
+        """Computes a member alone as well. Where that comes to something else, nothing merged is handed out."""
+        if not self._merged:
             return
-        alone = self._alone(self._shadow)
-        if isinstance(alone, EngineResult):
-            why = differing(merged, alone, self._find(), 1.0)
-            if why:
-                # Where a step of rounding in what was sent takes it as far, it says nothing.
-                moved = self._alone(self._shadow, [nudged(tensor) for tensor in self._tensors[self._shadow]])
-                if isinstance(moved, EngineResult) and differing(moved, alone, self._find(), 1e-2):
-                    why = ""
-        else:
+        merged, alone = self._found[index], self._alone(index)
+        if isinstance(alone, Fault) and alone.reason is Reason.OUT_OF_MEMORY:
             # Memory may suffice at one time and not at another.
-            why = "" if alone.reason is Reason.OUT_OF_MEMORY else f"alone it fails: {alone.message}"
+            return
+        why = ""
+        if isinstance(merged, Fault) and isinstance(alone, Fault):
+            if (merged.reason, merged.field) != (alone.reason, alone.field):
+                why = f"it fails otherwise: {merged.message}; alone: {alone.message}"
+        elif isinstance(merged, Fault):
+            why = f"it fails: {merged.message}"
+        elif isinstance(alone, Fault):
+            why = f"alone it fails: {alone.message}"
+        elif why := differing(merged, alone, self._find(), 1.0):
+            # Where a step of rounding in what was sent takes it as far, it says nothing.
+            moved = self._alone(index, [nudged(tensor) for tensor in self._tensors[index]])
+            if isinstance(moved, EngineResult) and differing(moved, alone, self._find(), 1e-2):
+                why = ""
         if why:
             self._refuse(f"a request computed with others came to another result than alone: {why}")
-            self._found = {self._shadow: alone}
+            self._found = {index: alone}
             self._merged = 0
 
     def _refuse(self, why: str) -> None:

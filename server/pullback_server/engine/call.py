@@ -16,8 +16,8 @@ from pullback_server.engine._names import unknown_name
 from pullback_server.engine.flatten import flatten
 from pullback_server.engine.guards import Randomness, Witness
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.modes import Unrepeatable, repeatable
 from pullback_server.engine.plan import Variant
+from pullback_server.engine.recomputing import Unrepeatable, repeatable
 from pullback_server.faults import Fault
 from pullback_server.job import Job, TensorRef, Wrt
 from pullback_wire import Reason

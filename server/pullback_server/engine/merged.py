@@ -174,6 +174,11 @@ class MergedCall(Call):
         return found
 
     @property
+    def fell_back(self) -> bool:
+        """Whether a JVP in forward mode was given up."""
+        return self.job.kind == "jvp" and self.hosted.forward_mode and self.forwards > 1
+
+    @property
     def living(self) -> list[Member]:
         """Those to whom nothing has happened."""
         return [member for member in self.members if member.fault is None]
@@ -203,8 +208,27 @@ def together(
     living = [member for member in members if member.fault is None]
     if living:
         rows = padded(sum(member.rows for member in living), jobs[0], hosted)
-        attempt(living[0].job, hosted, lambda: MergedCall(living, hosted, rows), lambda call: _watched(call, timings))
+        call = attempt(
+            living[0].job, hosted, lambda: MergedCall(living, hosted, rows), lambda call: _watched(call, timings)
+        )
+        if call.fell_back and 0 < len(call.living) < len(living):
+            return _without(call.living, members, jobs, hosted, tensors, timings)
     return [member.results.finish() if member.fault is None else member.fault for member in members]
+
+
+def _without(
+    rest: Sequence[Member],
+    members: Sequence[Member],
+    jobs: Sequence[Job],
+    hosted: HostedModel,
+    tensors: Sequence[Sequence[torch.Tensor]],
+    timings: dict[str, float],
+) -> list[EngineResult | Fault]:
+    """Computes the rest anew: a fault of another one may be why forward mode was not used for them."""
+    numbers = [member.number for member in rest]
+    again = together([jobs[i] for i in numbers], hosted, [tensors[i] for i in numbers], timings)
+    found = dict(zip(numbers, again, strict=True))
+    return [found.get(member.number) or member.fault or member.results.finish() for member in members]
 
 
 def padded(rows: int, job: Job, hosted: HostedModel) -> int:
@@ -214,14 +238,18 @@ def padded(rows: int, job: Job, hosted: HostedModel) -> int:
     return next((size for size in hosted.registration.options.batching.pad_to if size >= rows), rows)
 
 
-def _watched(call: MergedCall, timings: dict[str, float]) -> None:
-    """The work itself. Raises Refused where it draws random numbers: which member gets which would be chance."""
+def _watched(call: MergedCall, timings: dict[str, float]) -> MergedCall:
+    """The work itself; returns the call.
+
+    Raises Refused where it draws random numbers: which member gets which would be chance.
+    """
     before = random_states(call.hosted)
     _WORK[call.job.kind](call)
     if random_states(call.hosted) != before:
         raise Refused("it draws random numbers")
     for stage, seconds in call.timings.items():
         timings[stage] = timings.get(stage, 0.0) + seconds
+    return call
 
 
 def random_states(hosted: HostedModel) -> list[object]:
@@ -312,6 +340,8 @@ def _jvp(call: MergedCall) -> None:
 
 def _moved(call: MergedCall) -> dict[int, torch.Tensor]:
     """All tangents, in one for each member of `wrt`."""
+    if any(member.moved.keys() != call.members[0].moved.keys() for member in call.members):
+        raise Fault(Reason.INTERNAL, "the members of a batch move different things")
     return {
         index: torch.cat([member.moved[index] for member in call.members], call.axis) for index in call.members[0].moved
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pullback_server.engine.backward import NO_FORMULA
 from pullback_server.engine.call import model_error, text_of
-from pullback_server.engine.modes import Unrepeatable
+from pullback_server.engine.recomputing import Unrepeatable
 from pullback_server.engine.tape_state import Lineage
 from pullback_server.faults import Fault
 from pullback_wire import Reason

@@ -20,7 +20,7 @@ from pullback_server.engine.guards import (
 )
 from pullback_server.engine.hosted import HostedModel, same
 from pullback_server.engine.losses import PreparedLoss
-from pullback_server.engine.modes import Unrepeatable, repeatable
+from pullback_server.engine.recomputing import Unrepeatable, repeatable
 from pullback_server.engine.replica import Stage
 from pullback_server.engine.tape_state import PLAIN, Held, Lineage, merged
 from pullback_server.faults import Fault, listed
@@ -178,7 +178,8 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
     watching = contextlib.nullcontext() if hosted.stock or run.no_grad else witness.watching()
     randomness.restart()
     try:
-        with hosted.precision(), _kernels(hosted, run, stage), stage.code() as code, repeatable(), watching:
+        again = repeatable() if hosted.recomputes else contextlib.nullcontext()
+        with hosted.precision(), _kernels(hosted, run, stage), stage.code() as code, again, watching:
             result = code(*arguments, **keywords)
     except Fault:
         raise

@@ -18,8 +18,9 @@ _BUDGET = 1.0
 #: What makes more rows better: this much more of them in a second. Patience: so many doublings without that.
 _GAIN, _PATIENCE = 1.1, 2
 _REPEATED = 3
-#: Seconds of one computation after which larger ones are not tried: whoever comes next waits for it.
-_LONGEST = 0.05
+#: A computation of several rows takes so many seconds at most, or so many times as long as one row: whoever comes
+#: next waits for it.
+_LONGEST, _STRETCH = 0.008, 4
 
 
 def settle_batching(hosted: HostedModel, compute: Compute) -> None:
@@ -75,12 +76,12 @@ def best_rows(trial: RowTrial, max_bytes: int, most: int = _MOST) -> tuple[int, 
             if not isinstance(error, Fault) and not out_of_memory(error):
                 raise
             break
+        if rows > 1 and seconds > max(_LONGEST, _STRETCH / found[1]):
+            break
         found[rows] = rows / seconds
         if found[rows] > _GAIN * found[best] or rows == 1:
             best = rows
         elif rows >= best << _PATIENCE:
-            break
-        if seconds > _LONGEST and rows > 1:
             break
         # The next takes twice as long, several times.
         if clock() - begin + 2 * seconds > _BUDGET:
