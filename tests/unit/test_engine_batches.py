@@ -618,9 +618,10 @@ def test_narrow_sums_of_pieces() -> None:
     """What is added up in few bits loses what the later pieces add."""
 
     def narrow(**options: Any) -> Any:
-        factory = lambda: nn.Linear(4, 2).bfloat16()
         inputs = {"input": spec("bfloat16", ["n", 4])}
-        return jobs.host_factory(factory, inputs=inputs, batch_axis=0, options=Options(**options))
+        return jobs.host_factory(
+            lambda: nn.Linear(4, 2).bfloat16(), inputs=inputs, batch_axis=0, options=Options(**options)
+        )
 
     x, v = torch.randn(1024, 4) + 1, torch.randn(1024, 2) + 0.5
     x, v = x.bfloat16(), v.bfloat16()

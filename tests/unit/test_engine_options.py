@@ -369,7 +369,7 @@ class Whole(nn.Module):
 @pytest.mark.parametrize("kind", ["keyword", "tuple", "argument", "own"])
 def test_a_checkpointed_module_whose_arguments_change(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     x, v, t = real(2, 3), real(2, 3), real(2, 3)
-    model, a = Whole(kind).requires_grad_(False), x.clone().requires_grad_()
+    model, a = Whole(kind).eval().requires_grad_(False), x.clone().requires_grad_()
     (g,) = grad(model(a), a, v, create_graph=True)
     h = host(lambda: Whole(kind), AGAIN, kind="factory")
     with caplog.at_level(logging.WARNING):
@@ -416,9 +416,7 @@ def test_a_checkpointed_module_draws_the_same_numbers_again(kind: str) -> None:
         s = Session(factory(lambda: Whole(kind), options=options))
         leaf = s.leaf(x)
         y = s.model("f", [leaf], train=True, seed=5)
-        before = random.getstate()
         first = s.get(s.grad(y, leaf, [v], retain_graph=True))
-        assert random.getstate() == before
         found.append([reply.outputs["output"], *reply.grads.values(), first, s.get(s.grad(y, leaf, [v]))])
     close(found[1], found[0])
 
@@ -456,10 +454,21 @@ def test_what_a_caller_changes_behind_a_checkpoint(what: str) -> None:
                 s.grad(y, x, [v])
         else:
             close(s.get(s.grad(y, x, [v])), v * value.cos() * factor.sin())
-    held = s.retained
-    s.model("f", [s.leaf(real(50, 3)), s.put(real(50, 3))])
-    # What is kept is what it was given and what it returned.
-    assert s.retained - held == 3 * 50 * 3 * 8
+
+
+def test_what_a_checkpoint_keeps_is_counted() -> None:
+    s = Session(factory(Scaled, options=AGAIN))
+    for x in (s.leaf(real(500, 3)), s.leaf(real(500, 3))):
+        # The first call gets copies.
+        scale = s.put(real(500, 3))
+        y = s.model("f", [x, scale])
+        s.release(scale)
+        held = s.retained
+        g = s.grad(y, x, [real(500, 3)])
+        s.release(g)
+    freed = held - s.retained
+    # What it was given as a keyword, and the state of a generator.
+    assert 500 * 3 * 8 <= freed <= 500 * 3 * 8 + 8000, freed
 
 
 # Copies of what an operator has built.

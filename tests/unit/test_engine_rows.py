@@ -120,6 +120,13 @@ def resnet() -> nn.Module:
     )
 
 
+def chaotic(x: Tensor) -> Tensor:
+    """What a step of rounding takes anywhere, in single precision."""
+    for _ in range(30):
+        x = 3.99 * x * (1 - x)
+    return x
+
+
 ACCEPTED: dict[str, tuple[Any, Any]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), PLAIN),
     "double": (lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double(), DOUBLE),
@@ -141,6 +148,7 @@ ACCEPTED: dict[str, tuple[Any, Any]] = {
     "steep": (lambda: Wrapped(nn.Linear(6, 6), nn.Softmax(1), then=lambda x: x**8 * 1e6), PLAIN),
     "integers out": (lambda: Wrapped(nn.Linear(6, 4), then=lambda x: (x, x.argmax(1))), PLAIN),
     "dropout": (lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)), {"input": spec("float32", ["n", 6])}),
+    "chaotic": (lambda: Wrapped(nn.Linear(6, 6), nn.Sigmoid(), then=chaotic), PLAIN),
     "exact gelu and overflow": (lambda: Wrapped(then=torch.exp), PLAIN),
     "eigenvalues": (lambda: Wrapped(then=lambda x: torch.linalg.eigvalsh(x[:, :, None] * x[:, None])), DOUBLE),
 }
@@ -300,7 +308,7 @@ def bounded(x: Tensor) -> Tensor:
 
 def vanishing(x: Tensor) -> Tensor:
     """The identity; its gradient is another one where some of it is small."""
-    found: Tensor = Pulled.apply(x, lambda g: g * (2 if bool((g.norm(dim=1) < 1e-4).any()) else 1))
+    found: Tensor = Pulled.apply(x, lambda g: g * (2 if bool(((g != 0) & (g.abs() < 1e-5)).any()) else 1))
     return found
 
 

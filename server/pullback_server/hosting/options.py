@@ -50,6 +50,8 @@ class Batching:
 class Compile:
     """A compiled plan for calls of first order; everything else runs as it is written.
 
+    What comes of values that are not finite (NaN, infinities) may differ from what the model's own code makes of them.
+
     rows: extents of the batch axis to compile for, before the model is ready. Other extents run as written, unless
         `Batching.pad_to` brings them to one of these. Empty: the model has no batch axis and one shape.
     cuda_graphs: record CUDA graphs (torch.compile's mode "reduce-overhead"); does nothing on other devices.
