@@ -95,7 +95,7 @@ def _let_recompute(owner: str, name: str, module: nn.Module) -> None:
     else:
         try:
             own = {
-                "forward": recomputing(kind.forward, f"{owner}: its module {name!r}"),
+                "forward": recomputing(kind.forward, f"{owner}: its module {name!r}", module),
                 "__module__": kind.__module__,
                 "__doc__": kind.__doc__,
             }
