@@ -478,7 +478,8 @@ def test_calls_that_are_given_up_in_the_queue_are_never_computed(one: House, nam
         future.result(60)
     one.settled()
     assert one.value("pullback_dropped_calls_total", where="queue") == dropped + 4
-    assert sorted(one.journal()[seen:]) == [1, 2]
+    # Of a first merged computation one member is computed alone as well.
+    assert set(one.journal()[seen:]) == {1, 2}
 
 
 def test_calls_that_are_given_up_at_the_worker_are_never_computed(one: House) -> None:
@@ -505,7 +506,7 @@ def test_calls_that_are_given_up_at_the_worker_are_never_computed(one: House) ->
         for future in (*kept, *left):
             assert isinstance(future.exception(60), pb.errors.ClientClosed) == (future in left)
         one.settled()
-    assert sorted(one.journal()[seen:]) == [10, 11]
+    assert set(one.journal()[seen:]) == {10, 11}
     assert one.value("pullback_worker_passed_over_total") == passed_over + 1
 
 
