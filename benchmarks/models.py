@@ -27,11 +27,11 @@ class Encoder(nn.Module):
         return logits
 
 
-@model("encoder", inputs={"input": spec("float32", ["batch", 32, 64])}, batch_axis=0)
+@model("encoder", inputs={"input": spec("float32", ["batch", 32, 128])}, batch_axis=0)
 def encoder() -> nn.Module:
-    """A transformer encoder: 2 layers, width 64, 4 heads, 32 tokens."""
+    """A transformer encoder: 2 layers, width 128, 4 heads, 32 tokens."""
     torch.manual_seed(0)
-    return Encoder(2, 64, 4).eval()
+    return Encoder(2, 128, 4).eval()
 
 
 class Residual(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -30,6 +31,30 @@ async def join(header: bytes, payloads: Sequence[Buffer], executor: Executor) ->
     except asyncio.CancelledError:
         await asyncio.wait([joining])
         raise
+
+
+def header(kind: Kind, outcome: Outcome) -> bytes:
+    """`response`, serialised. Callers ask for the same thing again and again, so that the latest are kept."""
+    if outcome.norms or outcome.blocks:
+        return response(kind, outcome).SerializeToString()
+    return _header(
+        kind,
+        tuple(outcome.outputs),
+        tuple(outcome.gradients),
+        tuple(outcome.hvps),
+        tuple(outcome.cotangent_derivatives),
+    )
+
+
+@functools.lru_cache(1024)
+def _header(
+    kind: Kind,
+    outputs: tuple[TensorRef, ...],
+    gradients: tuple[GradRef, ...],
+    hvps: tuple[GradRef, ...],
+    derivatives: tuple[GradRef, ...],
+) -> bytes:
+    return response(kind, Outcome(list(outputs), list(gradients), list(hvps), list(derivatives))).SerializeToString()
 
 
 def response(kind: Kind, outcome: Outcome) -> Message:

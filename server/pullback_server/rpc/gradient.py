@@ -7,7 +7,7 @@ from typing import cast
 
 from pullback_server.faults import Fault
 from pullback_server.job import Kind, Outcome
-from pullback_server.rpc.answer import join, response
+from pullback_server.rpc.answer import header, join
 from pullback_server.rpc.known import KnownRequests
 from pullback_server.rpc.request import Request, Translator, wire_path
 from pullback_server.rpc.unary import Call
@@ -29,18 +29,18 @@ class GradientHandler:
 
     async def __call__(self, method: Method, data: bytes, call: Call) -> bytes:
         """Raises Fault or WireError."""
-        header, payloads = split(data)
-        known = self._known.find(method.name, header, payloads)
+        asked, payloads = split(data)
+        known = self._known.find(method.name, asked, payloads)
         if known is not None and self._translator.signature(known.model, known.version) is known.signature:
             job = known.job
             call.model = known.model
         else:
-            request = cast(Request, parse(method.request, header))
+            request = cast(Request, parse(method.request, asked))
             function = request.function
             call.model = function.model
             job = self._translator.job(request, payloads)
             signature = self._translator.signature(function.model, function.version)
-            self._known.add(method.name, header, payloads, job, function.model, function.version, signature)
+            self._known.add(method.name, asked, payloads, job, function.model, function.version, signature)
         try:
             scheduled = await self._scheduler.submit(job, payloads, call.deadline, call.origin)
         except Fault as fault:
@@ -48,8 +48,8 @@ class GradientHandler:
             raise
         with scheduled.reply as reply:
             kind: Kind = job.kind
-            header = response(kind, cast(Outcome, reply.outcome)).SerializeToString()
-            answer = await join(header, reply.payloads, self._executor)
+            described = header(kind, cast(Outcome, reply.outcome))
+            answer = await join(described, reply.payloads, self._executor)
             timings = reply.timings
             self._metrics.stages(job.model, scheduled.queued, timings["transfer"], timings["compute"])
         return answer

@@ -18,7 +18,7 @@ from pullback_server.job import Job, Signature
 from pullback_server.scheduling.admission import Admission, Limits
 from pullback_server.scheduling.batches import ComputeAlone, Computed, MemberReply, Merged, Share
 from pullback_server.scheduling.costs import UNKNOWN, Costs
-from pullback_server.scheduling.merging import mergeable
+from pullback_server.scheduling.merging import Mergeable, mergeable
 from pullback_server.scheduling.quarantine import VICTIMS, Quarantine
 from pullback_server.scheduling.queue import NOBODY, FairQueue, Lane, Origin, Ticket, computations
 from pullback_wire import Reason
@@ -34,6 +34,8 @@ _LONG, _LARGE = 0.005, 1 << 20
 _LOOK_AGAIN = 0.05
 #: Callers of sessions whose ops' costs are remembered.
 _SESSIONS = 1024
+#: Jobs of which it is remembered how they may be merged.
+_SEEN = 256
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Scheduler:
         self._queue = FairQueue(policy.weights)
         self._costs = Costs()
         self._op_costs: dict[Hashable, float] = {}
+        self._seen: dict[int, tuple[Job, Signature, Mergeable | None]] = {}
         self._quarantine = Quarantine(policy.quarantine_seconds)
         self._background: set[asyncio.Task[None]] = set()
         # Places promised to jobs that may not have reached their worker yet. A worker's own count has these only from
@@ -185,7 +188,7 @@ class Scheduler:
         """Where a job waits, and its rows."""
         model = (job.model, job.version)
         if not alone and signature is not None and self._policy.merge and model not in self._unmergeable:
-            found = mergeable(job, signature)
+            found = self._mergeable(job, signature)
             if found is not None:
                 batch = signature.batch
                 return Lane(found.key, model, None, batch.max_rows, batch.max_bytes, batch.max_delay), found.rows
@@ -193,6 +196,17 @@ class Scheduler:
         shape = job.inputs[0].shape if job.inputs else ()
         rows = shape[axis] if axis is not None and axis < len(shape) else 1
         return Lane(("alone", model), model, None), max(rows, 1)
+
+    def _mergeable(self, job: Job, signature: Signature) -> Mergeable | None:
+        """`mergeable`, of jobs that come again and again as one object (see rpc/known.py)."""
+        known = self._seen.get(id(job))
+        if known is not None and known[0] is job and known[1] is signature:
+            return known[2]
+        found = mergeable(job, signature)
+        self._seen[id(job)] = (job, signature, found)
+        if len(self._seen) > _SEEN:
+            del self._seen[next(iter(self._seen))]
+        return found
 
     # Coming in and going out.
 
