@@ -20,7 +20,7 @@ _GAIN, _PATIENCE = 1.1, 2
 _REPEATED = 3
 #: A computation of several rows takes so many seconds at most, or so many times as long as one row: whoever comes
 #: next waits for it.
-_LONGEST, _STRETCH = 0.008, 4
+_LONGEST, _STRETCH = 0.01, 4
 
 
 def settle_batching(hosted: HostedModel, compute: Compute) -> None:
