@@ -8,6 +8,8 @@ from collections.abc import Hashable
 UNKNOWN = 1e-3
 #: Share of the newest observation in an estimate.
 _NEWEST = 0.3
+#: Callers of sessions whose ops' costs are remembered.
+_SESSIONS = 1024
 
 
 class Costs:
@@ -36,3 +38,20 @@ def _learn(known: dict[Hashable, float], what: Hashable, found: float) -> None:
     # would have calls refused: so estimates fall at once, and rise slowly.
     before = known.get(what)
     known[what] = found if before is None or found < before / 2 else before + _NEWEST * (found - before)
+
+
+class OpCosts:
+    """Seconds that ops of sessions compute, by caller and worker. Sessions come and go: the latest stay."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Hashable, float] = {}
+
+    def estimate(self, whose: Hashable) -> float:
+        """Of the next op."""
+        return self._seconds.get(whose, UNKNOWN)
+
+    def observe(self, whose: Hashable, seconds: float) -> None:
+        """An op took so long."""
+        self._seconds[whose] = (self._seconds.pop(whose, seconds) + seconds) / 2
+        if len(self._seconds) > _SESSIONS:
+            del self._seconds[next(iter(self._seconds))]

@@ -6,7 +6,10 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from pullback_server.job import Job, Signature, TensorRef
+from pullback_server.scheduling.queue import Lane
 
+#: Jobs of which it is remembered how they may be merged.
+_SEEN = 256
 _KINDS = frozenset(("evaluate", "vjp", "jvp", "hvp"))
 
 
@@ -64,3 +67,47 @@ def _rowwise(refs: Sequence[TensorRef], axis: int, rows: int) -> tuple[Hashable,
 def _named(refs: Sequence[TensorRef]) -> tuple[Hashable, ...]:
     """Names, dtypes and numbers of axes: each job's loss looks at its own."""
     return tuple(sorted((ref.name, ref.dtype, len(ref.shape)) for ref in refs))
+
+
+class MergeRules:
+    """Where jobs wait: those that may be merged in one lane. enabled: whether any may."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._seen: dict[int, tuple[Job, Signature, Mergeable | None]] = {}
+        #: Models whose requests turned out not to be mergeable, whatever was declared and probed, and why.
+        self._refused: dict[tuple[str, str], str] = {}
+
+    def why_not(self, model: tuple[str, str]) -> str:
+        """Why a model's jobs are not merged, whatever its signature says; empty: nothing stands against it."""
+        return self._refused.get(model, "") if self._enabled else "the server was started without batching"
+
+    def refuse(self, model: tuple[str, str], why: str) -> bool:
+        """A model's jobs must not be merged any more. Returns whether that is news."""
+        news = model not in self._refused
+        self._refused.setdefault(model, why)
+        return news
+
+    def lane(self, job: Job, signature: Signature | None, *, alone: bool = False) -> tuple[Lane, int]:
+        """Where a job waits, and its rows. alone: it must not be merged."""
+        model = (job.model, job.version)
+        if not alone and signature is not None and not self.why_not(model):
+            found = self._mergeable(job, signature)
+            if found is not None:
+                batch = signature.batch
+                return Lane(found.key, model, None, batch.max_rows, batch.max_bytes, batch.max_delay), found.rows
+        axis = None if signature is None else signature.batch_axis
+        shape = job.inputs[0].shape if job.inputs else ()
+        rows = shape[axis] if axis is not None and axis < len(shape) else 1
+        return Lane(("alone", model), model, None), max(rows, 1)
+
+    def _mergeable(self, job: Job, signature: Signature) -> Mergeable | None:
+        """`mergeable`, of jobs that come again and again as one object (see rpc/known.py)."""
+        known = self._seen.get(id(job))
+        if known is not None and known[0] is job and known[1] is signature:
+            return known[2]
+        found = mergeable(job, signature)
+        self._seen[id(job)] = (job, signature, found)
+        if len(self._seen) > _SEEN:
+            del self._seen[next(iter(self._seen))]
+        return found

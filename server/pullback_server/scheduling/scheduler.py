@@ -7,35 +7,27 @@ import contextlib
 import logging
 import random
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Buffer, Fleet, Reply, Seat, Worker, WorkerLost, WorkerState
 from pullback_server.job import Job, Signature
-from pullback_server.scheduling.admission import Admission, Limits
+from pullback_server.scheduling.admission import Admission
 from pullback_server.scheduling.batches import ComputeAlone, Computed, MemberReply, Merged, Share
-from pullback_server.scheduling.costs import UNKNOWN, Costs
-from pullback_server.scheduling.merging import Mergeable, mergeable
+from pullback_server.scheduling.costs import Costs, OpCosts
+from pullback_server.scheduling.merging import MergeRules
+from pullback_server.scheduling.places import Places
+from pullback_server.scheduling.policy import Policy, Tally
 from pullback_server.scheduling.quarantine import VICTIMS, Quarantine
 from pullback_server.scheduling.queue import NOBODY, FairQueue, Lane, Origin, Ticket, computations
 from pullback_wire import Reason
 
 logger = logging.getLogger(__name__)
 
-#: Jobs a worker holds at most: one that computes and one whose bytes are already there when it ends.
-STAGED = 2
-#: A worker that will be busy for so many seconds gets no second job yet, since who is next may change until then;
-#: unless the job brings so many bytes that writing them meanwhile is worth it.
-_LONG, _LARGE = 0.005, 1 << 20
 #: Seconds between looks for a worker that is ready.
 _LOOK_AGAIN = 0.05
-#: Callers of sessions whose ops' costs are remembered.
-_SESSIONS = 1024
-#: Jobs of which it is remembered how they may be merged.
-_SEEN = 256
 
 
 @dataclass
@@ -44,39 +36,6 @@ class Scheduled:
 
     reply: Reply | MemberReply
     queued: float
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How jobs are scheduled.
-
-    weights: shares of the workers' time by caller; 1 for those not named.
-    merge: whether jobs are merged at all.
-    shadow_share: share of merged computations of which one member is computed alone as well, and compared.
-    quarantine_seconds: for how long a call that has killed workers is refused.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    merge: bool = True
-    shadow_share: float = 0.0
-    quarantine_seconds: float = 300.0
-
-
-class Tally:
-    """What happens here that is worth counting. This one counts nothing."""
-
-    def batch(self, model: str, rows: int, computed: int, alone: int) -> None:
-        """A batch was computed: how many of its members at once, and how many alone after all."""
-
-    def split(self, model: str, times: int) -> None:
-        """Rows had to be split because memory ran out."""
-
-    def dropped(self, where: str) -> None:
-        """A call's time passed, or its caller left, before it was computed: in the "queue" or at the "worker"."""
-
-    def killed(self, model: str, why: str) -> None:
-        """A call cost its worker: "died" under it, or "timeout"."""
 
 
 class Scheduler:
@@ -96,17 +55,11 @@ class Scheduler:
         self._admission = Admission(policy.limits)
         self._queue = FairQueue(policy.weights)
         self._costs = Costs()
-        self._op_costs: dict[Hashable, float] = {}
-        self._seen: dict[int, tuple[Job, Signature, Mergeable | None]] = {}
+        self._op_costs = OpCosts()
+        self._merging = MergeRules(policy.merge)
+        self._places = Places(fleet)
         self._quarantine = Quarantine(policy.quarantine_seconds)
         self._background: set[asyncio.Task[None]] = set()
-        # Places promised to jobs that may not have reached their worker yet. A worker's own count has these only from
-        # then on, but it also has the abandoned ones.
-        self._reserved: Counter[str] = Counter()
-        #: Seconds of computing that are with each worker, as far as can be told.
-        self._load_cost: defaultdict[str, float] = defaultdict(float)
-        #: Models whose requests turned out not to be mergeable, whatever was declared and probed.
-        self._unmergeable: dict[tuple[str, str], str] = {}
         self._timer: asyncio.TimerHandle | None = None
         fleet.on_change = self._dispatch
 
@@ -133,9 +86,7 @@ class Scheduler:
 
     def unmerged(self, signature: Signature) -> str:
         """Why requests for a model are not merged, whatever its signature says; empty: nothing stands against it."""
-        if not self._policy.merge:
-            return "the server was started without batching"
-        return self._unmergeable.get((signature.name, signature.version), "")
+        return self._merging.why_not((signature.name, signature.version))
 
     async def submit(
         self,
@@ -178,35 +129,11 @@ class Scheduler:
 
     def _ticket(self, job: Job, payloads: Sequence[Buffer], deadline: float, origin: Origin) -> Ticket:
         signature = self._fleet.signatures.get(job.model, {}).get(job.version)
-        lane, rows = self._lane(job, signature)
+        lane, rows = self._merging.lane(job, signature)
         kind = (job.model, job.version, job.kind, lane.max_rows > 1)
         cost = self._costs.estimate(kind, rows)
         size = sum(len(payload) for payload in payloads)
         return Ticket(lane, origin, kind, cost, time.monotonic(), deadline, job, payloads, rows, size)
-
-    def _lane(self, job: Job, signature: Signature | None, *, alone: bool = False) -> tuple[Lane, int]:
-        """Where a job waits, and its rows."""
-        model = (job.model, job.version)
-        if not alone and signature is not None and self._policy.merge and model not in self._unmergeable:
-            found = self._mergeable(job, signature)
-            if found is not None:
-                batch = signature.batch
-                return Lane(found.key, model, None, batch.max_rows, batch.max_bytes, batch.max_delay), found.rows
-        axis = None if signature is None else signature.batch_axis
-        shape = job.inputs[0].shape if job.inputs else ()
-        rows = shape[axis] if axis is not None and axis < len(shape) else 1
-        return Lane(("alone", model), model, None), max(rows, 1)
-
-    def _mergeable(self, job: Job, signature: Signature) -> Mergeable | None:
-        """`mergeable`, of jobs that come again and again as one object (see rpc/known.py)."""
-        known = self._seen.get(id(job))
-        if known is not None and known[0] is job and known[1] is signature:
-            return known[2]
-        found = mergeable(job, signature)
-        self._seen[id(job)] = (job, signature, found)
-        if len(self._seen) > _SEEN:
-            del self._seen[next(iter(self._seen))]
-        return found
 
     # Coming in and going out.
 
@@ -258,7 +185,7 @@ class Scheduler:
             holding = [worker for worker in self._fleet.workers if all(worker.holds(*model) for model in models)]
             ready = [worker for worker in holding if worker.state is WorkerState.READY]
             if ready:
-                worker = min(ready, key=lambda one: (-self._held(one), len(one.seats), self._load(one)))
+                worker = min(ready, key=lambda one: (-self._held(one), len(one.seats), self._places.load(one)))
                 try:
                     return worker, worker.open()
                 except WorkerLost:
@@ -281,16 +208,16 @@ class Scheduler:
 
     def has_place_on(self, worker: Worker) -> bool:
         """Whether `place_on` would return at once."""
-        return not self._queue and (worker.state is not WorkerState.READY or self._load(worker) < STAGED)
+        return not self._queue and self._places.has_room(worker)
 
     async def place_on(self, worker: Worker, deadline: float, origin: Origin = NOBODY) -> Ticket:
         """Waits for a place on one worker, which `release` gives back. Raises Fault (DEADLINE_EXCEEDED)."""
         kind = ("op", worker.name, origin.caller)
         lane = Lane(("worker", worker.name), None, worker)
-        ticket = Ticket(lane, origin, kind, self._op_cost(kind), time.monotonic(), deadline)
+        ticket = Ticket(lane, origin, kind, self._op_costs.estimate(kind), time.monotonic(), deadline)
         self._queue.tag(ticket)
         if self.has_place_on(worker):
-            self._reserve(worker, ticket.cost)
+            self._places.take(worker, ticket.cost)
             return ticket
         try:
             async with asyncio.timeout_at(deadline):
@@ -303,18 +230,8 @@ class Scheduler:
         """Gives an op's place back. seconds: that it computed, where that is known."""
         if seconds is not None:
             self._queue.settle(ticket, seconds)
-            self._learn_op(ticket.kind, seconds)
+            self._op_costs.observe(ticket.kind, seconds)
         self._release(worker, ticket.cost)
-
-    def _op_cost(self, kind: Hashable) -> float:
-        return self._op_costs.get(kind, UNKNOWN)
-
-    def _learn_op(self, kind: Hashable, seconds: float) -> None:
-        # Sessions come and go; the latest are known.
-        before = self._op_costs.pop(kind, seconds)
-        self._op_costs[kind] = (before + seconds) / 2
-        if len(self._op_costs) > _SESSIONS:
-            del self._op_costs[next(iter(self._op_costs))]
 
     def admit_upload(self, size: int) -> None:
         """Counts bytes that come in by chunks. Raises Fault (OVERLOADED)."""
@@ -371,7 +288,8 @@ class Scheduler:
 
     def _anew(self, ticket: Ticket, job: Job, payloads: Sequence[Buffer]) -> Ticket:
         """A ticket for computing a job again, alone, in its old place in the order."""
-        lane, rows = self._lane(job, self._fleet.signatures.get(job.model, {}).get(job.version), alone=True)
+        signature = self._fleet.signatures.get(job.model, {}).get(job.version)
+        lane, rows = self._merging.lane(job, signature, alone=True)
         kind = (job.model, job.version, job.kind, False)
         again = Ticket(lane, ticket.origin, kind, ticket.cost, ticket.arrived, ticket.deadline, job, payloads, rows)
         again.size, again.rerun = ticket.size, True
@@ -431,8 +349,7 @@ class Scheduler:
 
     def _expected(self, ticket: Ticket, allowed: float) -> float:
         """Seconds until a ticket's turn comes, roughly; 0 where there is no doubt that it comes soon enough."""
-        model = ticket.lane.model or ("", "")
-        mine = [one for one in self._fleet.workers if one.state is WorkerState.READY and one.holds(*model)]
+        mine = self._places.holders(ticket.lane.model)
         if not mine or self._queue.cost / len(mine) <= allowed:
             return 0.0
         total = 0.0
@@ -450,38 +367,10 @@ class Scheduler:
         """Reserves a place on the least busy worker, if nobody waits for one and there is one."""
         if self._queue or (ticket.lane.max_delay and ticket.lane.max_rows > ticket.rows):
             return None
-        worker = self._least_busy(ticket)
+        worker = self._places.least_busy(ticket)
         if worker is not None:
-            self._reserve(worker, ticket.cost)
+            self._places.take(worker, ticket.cost)
         return worker
-
-    def _least_busy(self, ticket: Ticket) -> Worker | None:
-        """A worker with a place for a ticket."""
-        lane = ticket.lane
-        if lane.worker is not None:
-            # A dead one too: what is sent there fails at once, and says why.
-            worker = lane.worker
-            return worker if worker.state is not WorkerState.READY or self._load(worker) < STAGED else None
-        best: Worker | None = None
-        least = (1, float("inf"), STAGED)
-        for worker in self._fleet.workers:
-            if worker.state is not WorkerState.READY or not worker.holds(*(lane.model or ("", ""))):
-                continue
-            load, cost = self._load(worker), self._load_cost[worker.name]
-            # Of what it still computes for somebody who has gone, nothing is known.
-            abandoned = worker.outstanding > self._reserved[worker.name]
-            if load >= STAGED or (load and (cost > _LONG or abandoned) and ticket.size < _LARGE):
-                continue
-            if (busy := (int(abandoned), cost, load)) < least:
-                best, least = worker, busy
-        return best
-
-    def _reserve(self, worker: Worker, cost: float) -> None:
-        self._reserved[worker.name] += 1
-        self._load_cost[worker.name] += cost
-
-    def _load(self, worker: Worker) -> int:
-        return max(worker.outstanding, self._reserved[worker.name])
 
     async def _turn(self, ticket: Ticket) -> Worker | Share:
         self._queue.push(ticket)
@@ -503,32 +392,26 @@ class Scheduler:
             raise
 
     def _release(self, worker: Worker, cost: float) -> None:
-        self._reserved[worker.name] -= 1
-        # Sums of floats drift; a worker without work costs nothing.
-        self._load_cost[worker.name] = self._load_cost[worker.name] - cost if self._reserved[worker.name] else 0.0
+        self._places.give_back(worker, cost)
         if self._queue:
             self._dispatch()
-        elif not any(self._reserved.values()):
+        elif self._places.idle:
             self._queue.idle()
 
     def _dispatch(self) -> None:
-        while self._queue and self._has_place():
+        while self._queue and self._places.any_free:
             now = time.monotonic()
             first: Ticket | None = None
             found: Worker | None = None
             for ticket in self._queue.firsts():
                 if first is not None and not ticket < first:
                     continue
-                worker = self._least_busy(ticket)
+                worker = self._places.least_busy(ticket)
                 if worker is not None and self._is_due(ticket, now):
                     first, found = ticket, worker
             if first is None or found is None:
                 return
             self._serve(self._queue.instead_of(first), found)
-
-    def _has_place(self) -> bool:
-        """Whether any worker may have a place for anything."""
-        return any(one.state is not WorkerState.READY or self._load(one) < STAGED for one in self._fleet.workers)
 
     def _is_due(self, ticket: Ticket, now: float) -> bool:
         """Whether a ticket may be served now; where it should wait for others, sees to it that it is asked again."""
@@ -549,17 +432,17 @@ class Scheduler:
 
     def _serve(self, first: Ticket, worker: Worker) -> None:
         lane = first.lane
-        merge = lane.max_rows > 1 and lane.model not in self._unmergeable
+        merge = lane.max_rows > 1 and lane.model is not None and not self._merging.why_not(lane.model)
         tickets = lane.group() if merge else [first]
         self._queue.serve(tickets)
         if len(tickets) == 1:
-            self._reserve(worker, first.cost)
+            self._places.take(worker, first.cost)
             first.turn.set_result(worker)
             return
         shadow = random.randrange(len(tickets)) if random.random() < self._policy.shadow_share else -1
         batch = Merged(tickets, shadow)
         cost = sum(ticket.cost for ticket in tickets)
-        self._reserve(worker, cost)
+        self._places.take(worker, cost)
         batch.task = self._do(self._run_batch(batch, worker, cost))
         for ticket, share in zip(tickets, batch.shares, strict=True):
             ticket.turn.set_result(share)
@@ -571,7 +454,7 @@ class Scheduler:
         with contextlib.ExitStack() as place:
             place.callback(self._release, worker, cost)
             try:
-                computed = await batch.run(worker, lambda: model in self._unmergeable, place.close)
+                computed = await batch.run(worker, lambda: bool(self._merging.why_not(model)), place.close)
                 if isinstance(computed, WorkerLost):
                     if computed.suspect:
                         self._tally.killed(batch.first.model, "timeout" if computed.overdue else "died")
@@ -597,6 +480,5 @@ class Scheduler:
             self._tally.split(first.model, outcome.splits)
         for _ in range(computed.left):
             self._tally.dropped("worker")
-        if outcome.refused and (first.model, first.version) not in self._unmergeable:
-            self._unmergeable[first.model, first.version] = outcome.refused
+        if outcome.refused and self._merging.refuse((first.model, first.version), outcome.refused):
             logger.error("model %r: its requests are not merged any more: %s", first.model, outcome.refused)
