@@ -216,7 +216,7 @@ def test_limited_memory() -> None:
             host.engine.run(*made(64, seed=1))
         except Fault as fault:
             print(fault.reason.value)
-        members = [made(4) for _ in range(8)]
+        members = [made(8) for _ in range(8)]
         batch = Batch([job for job, _ in members], [2] * 8, [0.0] * 8)
         found = host.engine.run_batch(batch, [tensors for _, tensors in members])
         print([type(member).__name__ for member in found.members], found.splits > 0, repr(found.refused))
