@@ -7,6 +7,7 @@ stay; the price is a resident size that stays at its highest.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -37,3 +38,10 @@ def pin_malloc() -> bool:
     mallopt.restype = ctypes.c_int
     # Not M_MMAP_THRESHOLD: glibc refuses thresholds above 32 MiB.
     return bool(mallopt(_M_ARENA_MAX, 1)) and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def trim_malloc() -> None:
+    """Gives back to the system what the allocator merely keeps. Does nothing where the C library is not glibc."""
+    # Without glibc there is nothing to trim; TypeError: Windows, as above.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -16,7 +16,7 @@ from pullback_server.engine.call import Again, WritesInputs, out_of_memory, text
 from pullback_server.engine.closeness import differing, nudged
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.merged import Refused, detached, mergeable, together
-from pullback_server.engine.results import EngineResult
+from pullback_server.engine.results import EngineResult, add_seconds
 from pullback_server.faults import Fault
 from pullback_server.job import Batch, BatchRecord, Job
 from pullback_wire import Reason
@@ -136,7 +136,7 @@ class BatchRun:
             else:
                 self._found.update(zip(group, found, strict=True))
                 self._merged += len(group)
-                self._add(timings)
+                add_seconds(self._timings, timings)
                 return []
             break
         # Outside the handlers, whose exceptions would hold on to what is to be freed.
@@ -157,7 +157,7 @@ class BatchRun:
             found = self._run(job, self._tensors[index] if tensors is None else tensors)
         except BaseException as error:
             return detached(error)
-        self._add(found.outcome.timings)
+        add_seconds(self._timings, found.outcome.timings)
         self._splits += found.outcome.splits
         return found
 
@@ -207,7 +207,3 @@ class BatchRun:
         hosted = self._find()
         hosted.batched_inputs = frozenset()
         hosted.batch = BatchRecord(evidence=why)
-
-    def _add(self, timings: dict[str, float]) -> None:
-        for stage, seconds in timings.items():
-            self._timings[stage] = self._timings.get(stage, 0.0) + seconds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import os
@@ -22,6 +21,7 @@ from pullback_server.hosting.spec import Registration
 from pullback_server.ipc.lifeline import tie_to_parent
 from pullback_server.ipc.messages import Setup
 from pullback_server.job import Signature
+from pullback_wire.malloc import trim_malloc
 
 _DESCRIPTORS = 1 << 16
 
@@ -89,8 +89,7 @@ def limit_memory(device: torch.device, allowance: int | None) -> None:
     torch.ones(1 << 20).add_(1)
     # What loading and probing took and gave back to the allocator alone would count as the process's own.
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_malloc()
     limit = _data_bytes() + allowance
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))

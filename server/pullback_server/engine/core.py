@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,6 +25,7 @@ from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.job import Batch, Job, Signature
 from pullback_wire import Reason
+from pullback_wire.malloc import trim_malloc
 
 #: How often a call is computed anew with what was learned about its model. Each thing is learned once.
 _ATTEMPTS = 5
@@ -135,7 +135,7 @@ class Engine:
             parameter_count=sum(parameter.numel() for parameter in hosted.parameters.values()),
             batch=hosted.batch,
             hard_timeout=registration.options.hard_timeout,
-            plan=getattr(hosted, "plan", ""),
+            plan=hosted.plan,
         )
 
     def find(self, model: str, version: str) -> HostedModel:
@@ -229,8 +229,8 @@ class Engine:
         """Gives back memory that is only kept for later."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        else:
+            trim_malloc()
 
     def _memory_in_use(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0

@@ -28,10 +28,13 @@ def _generators(device: torch.device) -> tuple[torch.Generator, ...]:
     return torch.default_generator, torch.cuda.default_generators[index]
 
 
-def generator_states(device: torch.device) -> list[bytes]:
-    """Where all generators stand that a call may draw from."""
-    states = [generator.get_state().numpy().tobytes() for generator in _generators(device)]
-    return [*states, repr(random.getstate()).encode(), repr(np.random.get_state(legacy=False)["state"]).encode()]
+def generator_states(device: torch.device, foreign: bool = True) -> list[object]:
+    """Where all generators stand that a call may draw from. foreign: also Python's and numpy's."""
+    states: list[object] = [generator.get_state().numpy().tobytes() for generator in _generators(device)]
+    if foreign:
+        name, keys, *rest = np.random.get_state(legacy=True)
+        states += [random.getstate(), name, bytes(keys), rest]  # type: ignore[arg-type]
+    return states
 
 
 class Randomness:

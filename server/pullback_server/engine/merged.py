@@ -8,13 +8,11 @@ each loss is over its own rows, and all derivatives are one backward from all of
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
-import numpy as np
 import torch
 
 from pullback_server.engine._dtypes import WIRE, describe
@@ -23,8 +21,9 @@ from pullback_server.engine.backward import check_unused, gradients
 from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.cotangents import Pull, cotangents
 from pullback_server.engine.forward_mode import finish_jvp, movement, push
+from pullback_server.engine.guards import generator_states
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.results import EngineResult, Results
+from pullback_server.engine.results import EngineResult, Results, add_seconds
 from pullback_server.engine.reverse import finish_vjp
 from pullback_server.engine.second import along, check_hvp_size, finish_hvp, first_backward, tangents
 from pullback_server.faults import Fault
@@ -243,24 +242,13 @@ def _watched(call: MergedCall, timings: dict[str, float]) -> MergedCall:
 
     Raises Refused where it draws random numbers: which member gets which would be chance.
     """
-    before = random_states(call.hosted)
+    device, foreign = call.device, not call.hosted.stock
+    before = generator_states(device, foreign)
     _WORK[call.job.kind](call)
-    if random_states(call.hosted) != before:
+    if generator_states(device, foreign) != before:
         raise Refused("it draws random numbers")
-    for stage, seconds in call.timings.items():
-        timings[stage] = timings.get(stage, 0.0) + seconds
+    add_seconds(timings, call.timings)
     return call
-
-
-def random_states(hosted: HostedModel) -> list[object]:
-    """The state of every generator that a model may draw from."""
-    states: list[object] = [bytes(torch.get_rng_state().numpy().data)]
-    if hosted.device.type == "cuda":
-        states.append(bytes(torch.cuda.get_rng_state(hosted.device).numpy().data))
-    if not hosted.stock:
-        name, keys, *rest = np.random.get_state(legacy=True)
-        states += [random.getstate(), name, bytes(keys), rest]  # type: ignore[arg-type]
-    return states
 
 
 def _evaluate(call: MergedCall) -> None:

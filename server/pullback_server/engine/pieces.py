@@ -15,7 +15,7 @@ from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.cotangents import cotangents
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.merged import separable
-from pullback_server.engine.results import EngineResult, Results
+from pullback_server.engine.results import EngineResult, Results, add_seconds
 from pullback_server.engine.reverse import finish_vjp
 from pullback_server.job import GradRef, Job, TensorRef
 
@@ -111,8 +111,7 @@ def _rejoined(job: Job, found: Sequence[EngineResult], axis: int, sizes: Sequenc
     outcome.hvps = named([result.outcome.hvps for result in found])
     outcome.cotangent_derivatives = named([result.outcome.cotangent_derivatives for result in found])
     for result in found:
-        for stage, seconds in result.outcome.timings.items():
-            outcome.timings[stage] = outcome.timings.get(stage, 0.0) + seconds
+        add_seconds(outcome.timings, result.outcome.timings)
     return results.finish()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,12 @@ class Results:
             raise Fault(
                 Reason.RESULT_TOO_LARGE, f"the result{what} would have {total} bytes, at most {limit} are allowed"
             )
+
+
+def add_seconds(to: dict[str, float], more: Mapping[str, float]) -> None:
+    """Adds seconds by stage to others."""
+    for stage, seconds in more.items():
+        to[stage] = to.get(stage, 0.0) + seconds
 
 
 def numel(shape: Sequence[int]) -> int:

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.attempt import attempt
 from pullback_server.engine.call import Again, Call, WritesInputs
+from pullback_server.engine.guards import generator_states
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.merged import random_states
 from pullback_server.engine.results import EngineResult
 from pullback_server.engine.samples import sample
 from pullback_server.engine.trial import Compute, Tensors, job_by_everything
@@ -116,7 +116,7 @@ class RowTrial:
             with _Widths() as widths:
                 self.outputs = self.connected(inputs, "input")
             self._width = widths.least
-            before = random_states(self.hosted)
+            before = generator_states(self.hosted.device, not self.hosted.stock)
             first = self.run("evaluate", inputs)
             begin = time.perf_counter()
             second = self.run("evaluate", inputs)
@@ -125,7 +125,7 @@ class RowTrial:
             fewer = self.run("evaluate", self.sample(rows - 1))
         except (Fault, RuntimeError, WritesInputs) as error:
             return f"{type(error).__name__}: {error}" if not isinstance(error, Fault) else error.message
-        if random_states(self.hosted) != before:
+        if generator_states(self.hosted.device, not self.hosted.stock) != before:
             raise NotProbed("it draws random numbers")
         for found, count in ((first, rows), (fewer, rows - 1)):
             for name, tensor in found.items():

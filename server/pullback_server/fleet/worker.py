@@ -93,12 +93,16 @@ class LocalWorker:
         await self._up()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
 
+    def _present(self) -> Link:
+        """The process behind it. Raises WorkerLost where it takes no jobs."""
+        if self._link is None or self._state is not WorkerState.READY:
+            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        return self._link
+
     async def run(
         self, job: Job, payloads: Sequence[Buffer], deadline: float, obituary: Obituary | None = None
     ) -> LocalReply:
-        link = self._link
-        if link is None or self._state is not WorkerState.READY:
-            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        link = self._present()
         views = as_views(payloads)
         key = (job.model, job.version, job.train)
         if key in self._writers and not job.copy_inputs:
@@ -113,9 +117,7 @@ class LocalWorker:
         return reply
 
     async def post(self, batch: Batch, payloads: Sequence[Buffer], deadline: float) -> LocalBatch:
-        link = self._link
-        if link is None or self._state is not WorkerState.READY:
-            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        link = self._present()
         return LocalBatch(link, await link.post(batch, as_views(payloads), deadline))
 
     def holds(self, model: str, version: str) -> bool:
@@ -135,9 +137,7 @@ class LocalWorker:
         return self._seats
 
     def open(self) -> LocalSeat:
-        link = self._link
-        if link is None or self._state is not WorkerState.READY:
-            raise WorkerLost(f"worker {self.name} is not there", suspect=False)
+        link = self._present()
         self._sessions += 1
         seat = LocalSeat(link, self._sessions, self._seats.discard)
         self._seats.add(seat)

@@ -127,9 +127,11 @@ class Scheduler:
                 self._admission.rate.answered()
             self._leave(ticket)
 
-    def _ticket(self, job: Job, payloads: Sequence[Buffer], deadline: float, origin: Origin) -> Ticket:
+    def _ticket(
+        self, job: Job, payloads: Sequence[Buffer], deadline: float, origin: Origin, *, alone: bool = False
+    ) -> Ticket:
         signature = self._fleet.signatures.get(job.model, {}).get(job.version)
-        lane, rows = self._merging.lane(job, signature)
+        lane, rows = self._merging.lane(job, signature, alone=alone)
         kind = (job.model, job.version, job.kind, lane.max_rows > 1)
         cost = self._costs.estimate(kind, rows)
         size = sum(len(payload) for payload in payloads)
@@ -288,11 +290,9 @@ class Scheduler:
 
     def _anew(self, ticket: Ticket, job: Job, payloads: Sequence[Buffer]) -> Ticket:
         """A ticket for computing a job again, alone, in its old place in the order."""
-        signature = self._fleet.signatures.get(job.model, {}).get(job.version)
-        lane, rows = self._merging.lane(job, signature, alone=True)
-        kind = (job.model, job.version, job.kind, False)
-        again = Ticket(lane, ticket.origin, kind, ticket.cost, ticket.arrived, ticket.deadline, job, payloads, rows)
-        again.size, again.rerun = ticket.size, True
+        again = self._ticket(job, payloads, ticket.deadline, ticket.origin, alone=True)
+        # What its caller was charged is what is settled in the end.
+        again.cost, again.arrived, again.rerun = ticket.cost, ticket.arrived, True
         again.tag, again.number, again.came = ticket.tag, ticket.number, ticket.came
         # The admission is that of the first ticket, which `submit` holds.
         again.model = None
