@@ -210,8 +210,25 @@ class BatchRecord(msgspec.Struct, array_like=True, frozen=True):
     inputs: list[str] = []
 
 
+class CheckRecord(msgspec.Struct, array_like=True, frozen=True):
+    """What the gate found of one property of a model when it was loaded.
+
+    name: "gradient", "second", "rows", "determinism" or "purity".
+    outcome: "passed"; "declared" (it does not hold, and the operator said that this is intended, and why); "noted" (it
+        does not hold, and is no danger); "skipped" (it was not looked at; the detail says why).
+    detail: for people.
+    """
+
+    name: str
+    outcome: str
+    detail: str = ""
+
+
 class Signature(msgspec.Struct, array_like=True):
-    """What a worker tells of a model it holds."""
+    """What a worker tells of a model it holds.
+
+    version, revision: its number, and how often that version has been loaded anew with other contents.
+    """
 
     name: str
     version: str
@@ -229,3 +246,52 @@ class Signature(msgspec.Struct, array_like=True):
     hard_timeout: float | None = None
     #: What a compiled plan covers, or why there is none although one was asked for; empty: none was asked for.
     plan: str = ""
+    revision: int = 0
+    #: What it was made from: "python", "pt2" or "torchscript".
+    source: str = "python"
+    #: SHA-256 of what it was loaded from, in hex; empty where it did not come from a repository or an upload.
+    digest: str = ""
+    checks: list[CheckRecord] = []
+    #: What a model of its source cannot do, each in a sentence.
+    limits: list[str] = []
+    #: Bytes of its parameters and buffers.
+    memory: int = 0
+    #: Seconds of one VJP of the sample that it was probed with; 0: it was not probed.
+    gradient_seconds: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """What jobs call it: its version, and "+N" after its Nth revision."""
+        return version_id(self.version, self.revision)
+
+
+def version_id(version: str, revision: int) -> str:
+    """What jobs call a revision of a version."""
+    return f"{version}+{revision}" if revision else version
+
+
+class Verdict(msgspec.Struct, array_like=True):
+    """What was found out about a model in one process, so that others that load the same need not find it out again.
+
+    probe_again: it runs code of its own in backwards, of which only the process that runs it can keep what is proven.
+    devices, replicas: as in hosting.Options: where it may be.
+    """
+
+    orders: OrdersRecord
+    forward_mode: bool
+    no_jvp: str
+    honest: bool
+    outputs: list[SpecRecord]
+    batch: BatchRecord
+    batched_inputs: list[str]
+    additive: bool
+    writes_inputs: bool
+    writes_buffers: bool
+    writes_parameters: bool
+    needs_natural: bool
+    recomputes: bool
+    checks: list[CheckRecord]
+    gradient_seconds: float
+    probe_again: bool
+    devices: list[str] = []
+    replicas: int | None = None

@@ -1,6 +1,8 @@
 """What a registered model is."""
 
+from pullback_server.hosting.gate import Gate
+from pullback_server.hosting.items import Item
 from pullback_server.hosting.options import Batching, Compile, Options
-from pullback_server.hosting.spec import Registration, TensorSpec, model, spec
+from pullback_server.hosting.spec import Abilities, Registration, TensorSpec, model, spec
 
-__all__ = ["Batching", "Compile", "Options", "Registration", "TensorSpec", "model", "spec"]
+__all__ = ["Abilities", "Batching", "Compile", "Gate", "Item", "Options", "Registration", "TensorSpec", "model", "spec"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextvars
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+from pullback_server.hosting.gate import Gate
 from pullback_server.hosting.options import Options
+from pullback_server.job import version_id
 from pullback_wire.dtypes import dtype_number
 
 #: Name of a model: what fits a metric label, a URL path and a directory.
@@ -55,6 +57,22 @@ def spec(
 
 
 @dataclass(frozen=True)
+class Abilities:
+    """What a model cannot do because of what it was made from: the reason in words; empty: it can.
+
+    train: be put into train mode.
+    parameters: be given other parameters for one call, or have its parameters differentiated by while given.
+    forward_mode: forward-mode derivatives; JVPs are then computed by two backwards.
+    notes: what its users should know, each a sentence.
+    """
+
+    train: str = ""
+    parameters: str = ""
+    forward_mode: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Registration:
     """A model as its operator registered it.
 
@@ -64,6 +82,10 @@ class Registration:
     outputs: names for the outputs of a tuple-returning model, in order.
     batch_axis: the axis along which rows are independent of each other; None: not declared.
     options: how it is run.
+    gate: what must be shown before it is served.
+    source: what it is made from: "python", "pt2" or "torchscript".
+    abilities: what it cannot do.
+    revision, digest: see `Signature`.
     """
 
     name: str
@@ -75,6 +97,16 @@ class Registration:
     outputs: tuple[str, ...] | None = None
     batch_axis: int | None = None
     options: Options = field(default_factory=Options)
+    gate: Gate = field(default_factory=Gate)
+    source: str = "python"
+    abilities: Abilities = field(default_factory=Abilities)
+    revision: int = 0
+    digest: str = ""
+
+    @property
+    def id(self) -> str:
+        """See `Signature.id`."""
+        return version_id(self.version, self.revision)
 
     def __post_init__(self) -> None:
         if self.batch_axis is None and self.options.micro_batch is not None:
@@ -105,13 +137,15 @@ def model(
     version: str = "1",
     description: str | None = None,
     kind: Literal["auto", "factory", "function"] = "auto",
+    gate: Gate | bool | None = None,
+    intended: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Callable[[F], F]:
     """Registers a factory that returns an nn.Module, or a plain function of tensors, as a model.
 
     The decorated object is returned as it was. `description` defaults to its docstring's first line. See
     `Registration` for the arguments, and `Options` for the others: batching, compile, autocast, checkpoint,
-    micro_batch, hard_timeout, devices, replicas.
+    micro_batch, hard_timeout, devices, replicas. `gate`: a `Gate`, or whether there is one; `intended`: see there.
 
     Raises ValueError or TypeError for arguments that cannot be.
     """
@@ -121,6 +155,9 @@ def model(
 
     try:
         chosen = Options(**options)
+        through = gate if isinstance(gate, Gate) else Gate(enabled=gate)
+        if intended is not None:
+            through = replace(through, intended=intended)
     except ValueError as error:
         raise ValueError(f"model {name!r}: {error}") from None
 
@@ -136,6 +173,7 @@ def model(
             outputs=None if outputs is None else tuple(outputs),
             batch_axis=batch_axis,
             options=chosen,
+            gate=through,
         )
         try:
             setattr(target, _ATTRIBUTE, (*registrations_of(target), registration))
