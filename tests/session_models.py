@@ -166,13 +166,13 @@ def exp_hidden(x: torch.Tensor) -> torch.Tensor:
     return ExpHidden.apply(x) + x.sin()
 
 
-@function("rounded", inputs=_N)
+@function("rounded", inputs=_N, intended={"gradient": "straight-through"})
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """A straight-through estimator: the gradient as written is not that of the forward."""
     return Round.apply(x) * x
 
 
-@function("hooked", inputs=_N)
+@function("hooked", inputs=_N, intended={"gradient": "what hooks make of it"})
 def hooked(x: torch.Tensor) -> torch.Tensor:
     """A hook that rewrites the gradient with a detached value."""
     y = x.sin()
@@ -181,7 +181,7 @@ def hooked(x: torch.Tensor) -> torch.Tensor:
     return y * y
 
 
-@function("hooked_smooth", inputs=_N)
+@function("hooked_smooth", inputs=_N, intended={"gradient": "what hooks make of it"})
 def hooked_smooth(x: torch.Tensor) -> torch.Tensor:
     """A hook that scales the gradient, differentiably."""
     y = x.sin()

@@ -145,7 +145,7 @@ def force(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"energy": energy, "force": -gradient}
 
 
-@model("stop_gradient", inputs={"x": spec(F64, ["n"])})
+@model("stop_gradient", inputs={"x": spec(F64, ["n"])}, intended={"gradient": "its weight is a constant"})
 def stop_gradient(x: torch.Tensor) -> torch.Tensor:
     """A weight that is a constant for reverse mode, though forward mode would go through it."""
     with torch.no_grad():
@@ -243,13 +243,13 @@ class ExpHidden(torch.autograd.Function):
 _N = {"x": spec(F64, ["n"])}
 
 
-@model("straight_through", inputs=_N, batch_axis=0)
+@model("straight_through", inputs=_N, batch_axis=0, intended={"gradient": "straight-through"})
 def straight_through(x: torch.Tensor) -> torch.Tensor:
     """The custom gradient is not the true one."""
     return StraightThrough.apply(x) + x.sin()
 
 
-@model("reversal", inputs=_N)
+@model("reversal", inputs=_N, intended={"gradient": "the opposite, for an adversary"})
 def reversal(x: torch.Tensor) -> torch.Tensor:
     """The custom gradient is the opposite of the true one."""
     return Reversal.apply(x) * 3

@@ -15,6 +15,7 @@ class Code(enum.IntEnum):
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
+    ALREADY_EXISTS = 6
     PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
@@ -106,3 +107,19 @@ class Reason(enum.Enum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED", Code.DEADLINE_EXCEEDED
     #: This administrative call is not enabled.
     ADMIN_DISABLED = "ADMIN_DISABLED", Code.PERMISSION_DENIED
+    #: An administrative call without a key, or with one that is not known.
+    UNAUTHENTICATED = "UNAUTHENTICATED", Code.UNAUTHENTICATED
+    #: The key does not give the right to make this call.
+    PERMISSION_DENIED = "PERMISSION_DENIED", Code.PERMISSION_DENIED
+    #: The version cannot be loaded; what served before goes on serving.
+    LOAD_FAILED = "LOAD_FAILED", Code.FAILED_PRECONDITION
+    #: Another load, unload or upload of the same model is under way.
+    LOAD_CONFLICT = "LOAD_CONFLICT", Code.ABORTED
+    #: The model comes from what the server was started with, which cannot be loaded anew or unloaded.
+    NOT_IN_REPOSITORY = "NOT_IN_REPOSITORY", Code.FAILED_PRECONDITION
+    #: An upload is not what its header says, no safetensors file, or too large.
+    BAD_UPLOAD = "BAD_UPLOAD", Code.INVALID_ARGUMENT
+    #: The version of an upload is there already.
+    VERSION_EXISTS = "VERSION_EXISTS", Code.ALREADY_EXISTS
+    #: The server's disk has no room for it.
+    STORAGE_FULL = "STORAGE_FULL", Code.RESOURCE_EXHAUSTED

@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pullback_server.config import Config
-from pullback_server.fleet import LocalFleet
+from pullback_server.fleet import LocalFleet, StartError
 from pullback_server.hosting import Registration
+from pullback_server.hosting.manifest import RepositoryError
+from pullback_server.hosting.repository import Repository
 from pullback_server.job import Signature
-from pullback_server.rpc import Front, FrontOptions
+from pullback_server.registry import Curator, Registry, StateDir, UploadStore, Versions
+from pullback_server.rpc import Access, Front, FrontOptions, KeyFileError, read_keys
 from pullback_server.scheduling import Limits, Policy, Scheduler, Tally
 from pullback_server.telemetry import Endpoint, Metrics, Vitals
 from pullback_wire.malloc import pin_malloc
@@ -37,11 +40,16 @@ class App:
             hard_timeout=config.hard_timeout,
             memory_bytes=config.worker_memory_bytes,
             float32_precision=config.float32_precision,
+            gate=config.gate,
+            empty=config.repository is not None,
         )
         self._metrics = Metrics()
         self._vitals = Vitals()
         self._endpoint: Endpoint | None = None
         self._front: Front | None = None
+        self._state: StateDir | None = None
+        self._uploads: UploadStore | None = None
+        self._curator: Curator | None = None
         self._beating: asyncio.Task[None] | None = None
 
     @property
@@ -65,8 +73,11 @@ class App:
             self._beating = asyncio.create_task(self._beat())
             self._endpoint = Endpoint(config.host, config.metrics_port, self._metrics.registry, self._vitals)
             self._vitals.reason = "loading models"
+            access = _keys(config)
             await self._fleet.start()
             scheduler = Scheduler(self._fleet, _policy(config), _Tally(self._metrics))
+            curator = self._curator = self._made_curator(scheduler)
+            await curator.begin(config.load_model, strict=config.exit_on_error)
             self._metrics.watch(
                 queued=lambda: scheduler.queued,
                 oldest=lambda: scheduler.oldest,
@@ -77,6 +88,7 @@ class App:
                 sessions=lambda: sum(len(worker.seats) for worker in self._fleet.workers),
                 handles=lambda: sum(seat.live for worker in self._fleet.workers for seat in list(worker.seats)),
                 retained=lambda: sum(seat.retained for worker in self._fleet.workers for seat in list(worker.seats)),
+                versions=curator.table.counts,
             )
             options = FrontOptions(
                 host=config.host,
@@ -88,7 +100,7 @@ class App:
                 session_idle_seconds=config.session_idle_seconds,
                 session_heartbeat_seconds=config.session_heartbeat_seconds,
             )
-            self._front = Front(options, self._fleet, scheduler, self._metrics)
+            self._front = Front(options, self._fleet, scheduler, curator, self._uploads, access, self._metrics)
             await self._front.start()
         except BaseException:
             await self.stop(0)
@@ -102,13 +114,41 @@ class App:
         self._vitals.reason = "stopping"
         if self._front is not None:
             await self._front.stop(grace)
+        if self._curator is not None:
+            await self._curator.close()
         await self._fleet.close(grace=5.0)
+        for folder in (self._uploads, self._state):
+            if folder is not None:
+                await asyncio.to_thread(folder.close)
         if self._endpoint is not None:
             # Waits for the thread that serves; a scrape under way may take a moment.
             await asyncio.to_thread(self._endpoint.close)
         if self._beating is not None:
             self._beating.cancel()
             await asyncio.wait([self._beating])
+
+    def _made_curator(self, scheduler: Scheduler) -> Curator:
+        """Raises StartError, OSError."""
+        config = self._config
+        self._state = StateDir(config.state_dir)
+        if config.uploads is not None:
+            self._uploads = UploadStore(config.uploads, config.max_upload_bytes, config.max_uploads_bytes)
+        try:
+            repository = Repository(config.repository, config.repository_options) if config.repository else None
+        except RepositoryError as error:
+            raise StartError(str(error)) from error
+
+        def registered(name: str, version: str) -> bool:
+            found = registry.table.find(name, version)
+            return found is not None and found.origin == "start"
+
+        def counted(model: str, good: bool, seconds: float) -> None:
+            self._metrics.model_loads.labels(model, "ready" if good else "failed").inc()
+            self._metrics.model_load_seconds.labels(model).observe(seconds)
+
+        versions = Versions(repository, self._uploads, registered)
+        registry = Registry(self._fleet, scheduler, versions, self._state.path, counted)
+        return Curator(registry, repository, self._uploads, config.repository_mode, config.repository_poll_seconds)
 
     async def _beat(self) -> None:
         while True:
@@ -122,6 +162,14 @@ class App:
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics, workers: %s",
                     self._config.host, self.port, self._config.host, self.metrics_port,
                     ", ".join(worker.name for worker in self._fleet.workers))  # fmt: skip
+
+
+def _keys(config: Config) -> Access:
+    """Raises StartError."""
+    try:
+        return read_keys(config.admin_keys)
+    except KeyFileError as error:
+        raise StartError(str(error)) from error
 
 
 def _policy(config: Config) -> Policy:

@@ -46,8 +46,8 @@ def _serve(args: list[str]) -> int:
         for problem in error.errors():
             print(f"pullback-server: {_explain(dict(problem))}", file=sys.stderr)
         return 2
-    if not config.models:
-        print("pullback-server: no models: name at least one FILE_OR_MODULE", file=sys.stderr)
+    if not config.models and config.repository is None:
+        print("pullback-server: no models: name at least one FILE_OR_MODULE, or a --repository", file=sys.stderr)
         return 2
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict
@@ -26,6 +26,36 @@ class Config(BaseSettings):
         description="Python files (models.py) or importable modules (package.models) that register models; "
         "in the environment separated by commas",
     )
+    repository: str | None = Field(
+        None,
+        description="model repository: a folder, or any URL that fsspec knows (s3://..., gs://...), with "
+        "NAME/model.toml and NAME/VERSION/",
+    )
+    repository_mode: Literal["none", "poll", "explicit"] = Field(
+        "none",
+        description="none: its models are loaded at the start; poll: changes are followed; explicit: only what "
+        "--load-model and LoadModel name is loaded",
+    )
+    repository_poll_seconds: float = Field(15.0, gt=0, description="seconds between looks, in mode poll")
+    repository_options: dict[str, Any] = Field(
+        default_factory=dict, description="JSON: options of fsspec for the repository, e.g. of s3fs"
+    )
+    load_model: list[str] = Field(
+        default_factory=list, description="in mode explicit: a model, or MODEL:VERSION, to load at the start"
+    )
+    exit_on_error: bool = Field(True, description="do not start when a model of the repository cannot be loaded")
+    state_dir: str | None = Field(
+        None, description="folder for copies of what is loaded [default: the system's folder for temporary files]"
+    )
+    uploads: str | None = Field(None, description="folder for weights that callers upload [default: they may not]")
+    max_upload_bytes: int = Field(16 << 30, ge=8, description="largest upload")
+    max_uploads_bytes: int = Field(64 << 30, ge=8, description="largest sum of the uploads that are kept")
+    admin_keys: str | None = Field(
+        None,
+        description="TOML file of the keys for administrative calls; `pullback-server key` makes them [default: such "
+        "calls are refused]",
+    )
+    gate: bool = Field(True, description="check gradients when models are loaded, where a model does not say itself")
     host: str = Field("127.0.0.1", description="address to listen on, for gRPC and metrics")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8470, description="gRPC port; 0 picks a free one")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(

@@ -41,7 +41,7 @@ class Server:
                 self._registrations += found
             else:
                 raise TypeError(f'{model!r} registers no model; decorate it with @pullback_server.model("name")')
-        if not sources and not self._registrations:
+        if not sources and not self._registrations and settings.get("repository") is None:
             raise TypeError("a server needs at least one model")
         self._config = Config(models=sources, **{"port": 0, "metrics_port": 0, **settings})
         self._loop = asyncio.new_event_loop()

@@ -270,6 +270,12 @@ def version_id(version: str, revision: int) -> str:
     return f"{version}+{revision}" if revision else version
 
 
+def split_id(id: str) -> tuple[str, int]:
+    """Version and revision of what `version_id` made."""
+    version, _, revision = id.partition("+")
+    return version, int(revision or 0)
+
+
 class Verdict(msgspec.Struct, array_like=True):
     """What was found out about a model in one process, so that others that load the same need not find it out again.
 

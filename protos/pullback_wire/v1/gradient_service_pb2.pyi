@@ -78,7 +78,13 @@ class EvaluateResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OUTPUTS_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version that answered, and how often it had been loaded anew with other contents."""
+    model_revision: builtins.int
+    """See model_version."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.Tensor]:
         """The function's outputs."""
@@ -91,9 +97,11 @@ class EvaluateResponse(google.protobuf.message.Message):
         self,
         *,
         outputs: collections.abc.Iterable[pullback_wire.v1.tensor_pb2.Tensor] | None = ...,
+        model_version: builtins.str = ...,
+        model_revision: builtins.int = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_revision", b"model_revision", "model_version", b"model_version", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
 
 Global___EvaluateResponse: typing_extensions.TypeAlias = EvaluateResponse
 
@@ -186,7 +194,13 @@ class ComputeVjpResponse(google.protobuf.message.Message):
     OUTPUTS_FIELD_NUMBER: builtins.int
     GRADIENTS_FIELD_NUMBER: builtins.int
     NORMS_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version that answered, and how often it had been loaded anew with other contents."""
+    model_revision: builtins.int
+    """See model_version."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.Tensor]:
         """The function's outputs, unless omitted."""
@@ -209,9 +223,11 @@ class ComputeVjpResponse(google.protobuf.message.Message):
         outputs: collections.abc.Iterable[pullback_wire.v1.tensor_pb2.Tensor] | None = ...,
         gradients: collections.abc.Iterable[Global___Gradient] | None = ...,
         norms: collections.abc.Iterable[builtins.float] | None = ...,
+        model_version: builtins.str = ...,
+        model_revision: builtins.int = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["gradients", b"gradients", "norms", b"norms", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gradients", b"gradients", "model_revision", b"model_revision", "model_version", b"model_version", "norms", b"norms", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
 
 Global___ComputeVjpResponse: typing_extensions.TypeAlias = ComputeVjpResponse
 
@@ -311,7 +327,13 @@ class ComputeJvpResponse(google.protobuf.message.Message):
 
     OUTPUTS_FIELD_NUMBER: builtins.int
     TANGENTS_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version that answered, and how often it had been loaded anew with other contents."""
+    model_revision: builtins.int
+    """See model_version."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.Tensor]:
         """The function's outputs, unless omitted."""
@@ -329,9 +351,11 @@ class ComputeJvpResponse(google.protobuf.message.Message):
         *,
         outputs: collections.abc.Iterable[pullback_wire.v1.tensor_pb2.Tensor] | None = ...,
         tangents: collections.abc.Iterable[Global___Gradient] | None = ...,
+        model_version: builtins.str = ...,
+        model_revision: builtins.int = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["outputs", b"outputs", "payloads", b"payloads", "tangents", b"tangents"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_revision", b"model_revision", "model_version", b"model_version", "outputs", b"outputs", "payloads", b"payloads", "tangents", b"tangents"]) -> None: ...
 
 Global___ComputeJvpResponse: typing_extensions.TypeAlias = ComputeJvpResponse
 
@@ -422,7 +446,13 @@ class ComputeHvpResponse(google.protobuf.message.Message):
     GRADIENTS_FIELD_NUMBER: builtins.int
     HVPS_FIELD_NUMBER: builtins.int
     COTANGENT_DERIVATIVES_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version that answered, and how often it had been loaded anew with other contents."""
+    model_revision: builtins.int
+    """See model_version."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.Tensor]:
         """The function's outputs, unless omitted."""
@@ -452,9 +482,11 @@ class ComputeHvpResponse(google.protobuf.message.Message):
         gradients: collections.abc.Iterable[Global___Gradient] | None = ...,
         hvps: collections.abc.Iterable[Global___Gradient] | None = ...,
         cotangent_derivatives: collections.abc.Iterable[Global___Gradient] | None = ...,
+        model_version: builtins.str = ...,
+        model_revision: builtins.int = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cotangent_derivatives", b"cotangent_derivatives", "gradients", b"gradients", "hvps", b"hvps", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cotangent_derivatives", b"cotangent_derivatives", "gradients", b"gradients", "hvps", b"hvps", "model_revision", b"model_revision", "model_version", b"model_version", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
 
 Global___ComputeHvpResponse: typing_extensions.TypeAlias = ComputeHvpResponse
 
@@ -527,7 +559,13 @@ class ComputeJacobianResponse(google.protobuf.message.Message):
 
     OUTPUTS_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version that answered, and how often it had been loaded anew with other contents."""
+    model_revision: builtins.int
+    """See model_version."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.Tensor]:
         """The function's outputs, unless omitted."""
@@ -545,9 +583,11 @@ class ComputeJacobianResponse(google.protobuf.message.Message):
         *,
         outputs: collections.abc.Iterable[pullback_wire.v1.tensor_pb2.Tensor] | None = ...,
         blocks: collections.abc.Iterable[Global___Block] | None = ...,
+        model_version: builtins.str = ...,
+        model_revision: builtins.int = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "model_revision", b"model_revision", "model_version", b"model_version", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
 
 Global___ComputeJacobianResponse: typing_extensions.TypeAlias = ComputeJacobianResponse
 
@@ -654,7 +694,13 @@ class ComputeHessianResponse(google.protobuf.message.Message):
     OUTPUTS_FIELD_NUMBER: builtins.int
     GRADIENTS_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
+    MODEL_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
     PAYLOADS_FIELD_NUMBER: builtins.int
+    model_version: builtins.str
+    """The version that answered, and how often it had been loaded anew with other contents."""
+    model_revision: builtins.int
+    """See model_version."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.Tensor]:
         """The function's outputs, unless omitted."""
@@ -677,8 +723,10 @@ class ComputeHessianResponse(google.protobuf.message.Message):
         outputs: collections.abc.Iterable[pullback_wire.v1.tensor_pb2.Tensor] | None = ...,
         gradients: collections.abc.Iterable[Global___Gradient] | None = ...,
         blocks: collections.abc.Iterable[Global___Block] | None = ...,
+        model_version: builtins.str = ...,
+        model_revision: builtins.int = ...,
         payloads: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "gradients", b"gradients", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "gradients", b"gradients", "model_revision", b"model_revision", "model_version", b"model_version", "outputs", b"outputs", "payloads", b"payloads"]) -> None: ...
 
 Global___ComputeHessianResponse: typing_extensions.TypeAlias = ComputeHessianResponse

@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from pullback_wire.v1 import tensor_pb2 as pullback__wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$pullback_wire/v1/model_service.proto\x12\x0bpullback.v1\x1a\x1dpullback_wire/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.pullback.v1.Model\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"\xa1\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12\'\n\x06inputs\x18\x07 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12(\n\x07outputs\x18\x08 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12+\n\nparameters\x18\t \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12\x17\n\nbatch_axis\x18\n \x01(\x05H\x00\x88\x01\x01\x12*\n\x06losses\x18\x0b \x03(\x0b\x32\x1a.pullback.v1.LossSignature\x12#\n\x06orders\x18\x0c \x01(\x0b\x32\x13.pullback.v1.Orders\x12\x0f\n\x07\x64\x65vices\x18\r \x03(\t\x12\x17\n\x0fparameter_count\x18\x0e \x01(\x03\x12\'\n\x08\x62\x61tching\x18\x0f \x01(\x0b\x32\x15.pullback.v1.Batching\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12!\n\x14hard_timeout_seconds\x18\x11 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_batch_axisB\x17\n\x15_hard_timeout_seconds\"I\n\x08\x42\x61tching\x12\x10\n\x08max_rows\x18\x01 \x01(\x05\x12\x19\n\x11max_delay_seconds\x18\x02 \x01(\x01\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"<\n\x06Orders\x12\x0f\n\x07reverse\x18\x01 \x01(\x05\x12\x0f\n\x07\x66orward\x18\x02 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"Y\n\rLossSignature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x18\n\x10optional_tensors\x18\x03 \x03(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"[\n\x14UploadWeightsRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.pullback.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"R\n\x0cUploadHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\":\n\x15UploadWeightsResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x32\x9e\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.pullback.v1.ListModelsRequest\x1a\x1f.pullback.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.pullback.v1.GetModelRequest\x1a\x1d.pullback.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1d.pullback.v1.LoadModelRequest\x1a\x1e.pullback.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.pullback.v1.UnloadModelRequest\x1a .pullback.v1.UnloadModelResponse\x12X\n\rUploadWeights\x12!.pullback.v1.UploadWeightsRequest\x1a\".pullback.v1.UploadWeightsResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$pullback_wire/v1/model_service.proto\x12\x0bpullback.v1\x1a\x1dpullback_wire/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.pullback.v1.Model\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"\x99\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12\'\n\x06inputs\x18\x07 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12(\n\x07outputs\x18\x08 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12+\n\nparameters\x18\t \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12\x17\n\nbatch_axis\x18\n \x01(\x05H\x00\x88\x01\x01\x12*\n\x06losses\x18\x0b \x03(\x0b\x32\x1a.pullback.v1.LossSignature\x12#\n\x06orders\x18\x0c \x01(\x0b\x32\x13.pullback.v1.Orders\x12\x0f\n\x07\x64\x65vices\x18\r \x03(\t\x12\x17\n\x0fparameter_count\x18\x0e \x01(\x03\x12\'\n\x08\x62\x61tching\x18\x0f \x01(\x0b\x32\x15.pullback.v1.Batching\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12!\n\x14hard_timeout_seconds\x18\x11 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06source\x18\x12 \x01(\t\x12\x10\n\x08revision\x18\x13 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x14 \x01(\t\x12\"\n\x06\x63hecks\x18\x15 \x03(\x0b\x32\x12.pullback.v1.Check\x12\x0e\n\x06limits\x18\x16 \x03(\t\x12\x14\n\x0cmemory_bytes\x18\x17 \x01(\x03\x12\x18\n\x10gradient_seconds\x18\x18 \x01(\x01\x12*\n\nplacements\x18\x19 \x03(\x0b\x32\x16.pullback.v1.Placement\x12\x34\n\x10version_statuses\x18\x1a \x03(\x0b\x32\x1a.pullback.v1.VersionStatusB\r\n\x0b_batch_axisB\x17\n\x15_hard_timeout_seconds\"Q\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.pullback.v1.CheckOutcome\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"S\n\tPlacement\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.pullback.v1.ModelState\"z\n\rVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\"I\n\x08\x42\x61tching\x12\x10\n\x08max_rows\x18\x01 \x01(\x05\x12\x19\n\x11max_delay_seconds\x18\x02 \x01(\x01\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"<\n\x06Orders\x12\x0f\n\x07reverse\x18\x01 \x01(\x05\x12\x0f\n\x07\x66orward\x18\x02 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"Y\n\rLossSignature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x18\n\x10optional_tensors\x18\x03 \x03(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x15\n\x13UnloadModelResponse\"[\n\x14UploadWeightsRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.pullback.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"p\n\x0cUploadHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x1c\n\x14\x61rchitecture_version\x18\x05 \x01(\t\":\n\x15UploadWeightsResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04*\x97\x01\n\x0c\x43heckOutcome\x12\x1d\n\x19\x43HECK_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HECK_OUTCOME_PASSED\x10\x01\x12\x1a\n\x16\x43HECK_OUTCOME_DECLARED\x10\x02\x12\x17\n\x13\x43HECK_OUTCOME_NOTED\x10\x03\x12\x19\n\x15\x43HECK_OUTCOME_SKIPPED\x10\x04\x32\x9e\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.pullback.v1.ListModelsRequest\x1a\x1f.pullback.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.pullback.v1.GetModelRequest\x1a\x1d.pullback.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1d.pullback.v1.LoadModelRequest\x1a\x1e.pullback.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.pullback.v1.UnloadModelRequest\x1a .pullback.v1.UnloadModelResponse\x12X\n\rUploadWeights\x12!.pullback.v1.UploadWeightsRequest\x1a\".pullback.v1.UploadWeightsResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pullback_wire.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1465
-  _globals['_MODELSTATE']._serialized_end=1605
+  _globals['_MODELSTATE']._serialized_start=2035
+  _globals['_MODELSTATE']._serialized_end=2175
+  _globals['_CHECKOUTCOME']._serialized_start=2178
+  _globals['_CHECKOUTCOME']._serialized_end=2329
   _globals['_LISTMODELSREQUEST']._serialized_start=84
   _globals['_LISTMODELSREQUEST']._serialized_end=103
   _globals['_LISTMODELSRESPONSE']._serialized_start=105
@@ -43,27 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=213
   _globals['_GETMODELRESPONSE']._serialized_end=266
   _globals['_MODEL']._serialized_start=269
-  _globals['_MODEL']._serialized_end=814
-  _globals['_BATCHING']._serialized_start=816
-  _globals['_BATCHING']._serialized_end=889
-  _globals['_ORDERS']._serialized_start=891
-  _globals['_ORDERS']._serialized_end=951
-  _globals['_LOSSSIGNATURE']._serialized_start=953
-  _globals['_LOSSSIGNATURE']._serialized_end=1042
-  _globals['_LOADMODELREQUEST']._serialized_start=1044
-  _globals['_LOADMODELREQUEST']._serialized_end=1093
-  _globals['_LOADMODELRESPONSE']._serialized_start=1095
-  _globals['_LOADMODELRESPONSE']._serialized_end=1149
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1151
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1202
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1204
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1225
-  _globals['_UPLOADWEIGHTSREQUEST']._serialized_start=1227
-  _globals['_UPLOADWEIGHTSREQUEST']._serialized_end=1318
-  _globals['_UPLOADHEADER']._serialized_start=1320
-  _globals['_UPLOADHEADER']._serialized_end=1402
-  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_start=1404
-  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_end=1462
-  _globals['_MODELSERVICE']._serialized_start=1608
-  _globals['_MODELSERVICE']._serialized_end=2022
+  _globals['_MODEL']._serialized_end=1062
+  _globals['_CHECK']._serialized_start=1064
+  _globals['_CHECK']._serialized_end=1145
+  _globals['_PLACEMENT']._serialized_start=1147
+  _globals['_PLACEMENT']._serialized_end=1230
+  _globals['_VERSIONSTATUS']._serialized_start=1232
+  _globals['_VERSIONSTATUS']._serialized_end=1354
+  _globals['_BATCHING']._serialized_start=1356
+  _globals['_BATCHING']._serialized_end=1429
+  _globals['_ORDERS']._serialized_start=1431
+  _globals['_ORDERS']._serialized_end=1491
+  _globals['_LOSSSIGNATURE']._serialized_start=1493
+  _globals['_LOSSSIGNATURE']._serialized_end=1582
+  _globals['_LOADMODELREQUEST']._serialized_start=1584
+  _globals['_LOADMODELREQUEST']._serialized_end=1633
+  _globals['_LOADMODELRESPONSE']._serialized_start=1635
+  _globals['_LOADMODELRESPONSE']._serialized_end=1689
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1691
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1742
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1744
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1765
+  _globals['_UPLOADWEIGHTSREQUEST']._serialized_start=1767
+  _globals['_UPLOADWEIGHTSREQUEST']._serialized_end=1858
+  _globals['_UPLOADHEADER']._serialized_start=1860
+  _globals['_UPLOADHEADER']._serialized_end=1972
+  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_start=1974
+  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_end=2032
+  _globals['_MODELSERVICE']._serialized_start=2332
+  _globals['_MODELSERVICE']._serialized_end=2746
 # @@protoc_insertion_point(module_scope)

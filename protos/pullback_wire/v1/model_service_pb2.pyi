@@ -52,6 +52,38 @@ MODEL_STATE_UNLOADING: ModelState.ValueType  # 4
 """Being taken out of service."""
 Global___ModelState: typing_extensions.TypeAlias = ModelState
 
+class _CheckOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CheckOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CheckOutcome.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CHECK_OUTCOME_UNSPECIFIED: _CheckOutcome.ValueType  # 0
+    """Never sent."""
+    CHECK_OUTCOME_PASSED: _CheckOutcome.ValueType  # 1
+    """It holds."""
+    CHECK_OUTCOME_DECLARED: _CheckOutcome.ValueType  # 2
+    """It does not hold, and the operator says that this is intended, and why."""
+    CHECK_OUTCOME_NOTED: _CheckOutcome.ValueType  # 3
+    """It does not hold, and is no danger."""
+    CHECK_OUTCOME_SKIPPED: _CheckOutcome.ValueType  # 4
+    """It was not looked at."""
+
+class CheckOutcome(_CheckOutcome, metaclass=_CheckOutcomeEnumTypeWrapper):
+    """How a check came out."""
+
+CHECK_OUTCOME_UNSPECIFIED: CheckOutcome.ValueType  # 0
+"""Never sent."""
+CHECK_OUTCOME_PASSED: CheckOutcome.ValueType  # 1
+"""It holds."""
+CHECK_OUTCOME_DECLARED: CheckOutcome.ValueType  # 2
+"""It does not hold, and the operator says that this is intended, and why."""
+CHECK_OUTCOME_NOTED: CheckOutcome.ValueType  # 3
+"""It does not hold, and is no danger."""
+CHECK_OUTCOME_SKIPPED: CheckOutcome.ValueType  # 4
+"""It was not looked at."""
+Global___CheckOutcome: typing_extensions.TypeAlias = CheckOutcome
+
 @typing.final
 class ListModelsRequest(google.protobuf.message.Message):
     """See ModelService.ListModels."""
@@ -150,6 +182,15 @@ class Model(google.protobuf.message.Message):
     BATCHING_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
     HARD_TIMEOUT_SECONDS_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    CHECKS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    GRADIENT_SECONDS_FIELD_NUMBER: builtins.int
+    PLACEMENTS_FIELD_NUMBER: builtins.int
+    VERSION_STATUSES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name that calls use."""
     version: builtins.str
@@ -168,6 +209,16 @@ class Model(google.protobuf.message.Message):
     """What a compiled plan covers, or why there is none although one was asked for; empty: none was asked for."""
     hard_timeout_seconds: builtins.float
     """Seconds of computing after which a call is ended together with its worker, where the model has a limit of its own."""
+    source: builtins.str
+    """What it was made from: "python", "pt2" or "torchscript"."""
+    revision: builtins.int
+    """How often this version was loaded anew with other contents."""
+    digest: builtins.str
+    """SHA-256 of what it was loaded from, in hex; empty where it did not come from a repository or an upload."""
+    memory_bytes: builtins.int
+    """Bytes of its parameters and buffers."""
+    gradient_seconds: builtins.float
+    """Seconds of one VJP of the sample that it was probed with; 0: it was not probed."""
     @property
     def versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Every version that can be named, oldest first."""
@@ -200,6 +251,22 @@ class Model(google.protobuf.message.Message):
     def batching(self) -> Global___Batching:
         """How requests of several callers are computed together."""
 
+    @property
+    def checks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Check]:
+        """What was checked of its gradients when it was loaded."""
+
+    @property
+    def limits(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What a model of its source cannot do, each in a sentence."""
+
+    @property
+    def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Placement]:
+        """Where it is."""
+
+    @property
+    def version_statuses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___VersionStatus]:
+        """Every version that the server knows, also those that cannot be called, oldest first."""
+
     def __init__(
         self,
         *,
@@ -220,15 +287,110 @@ class Model(google.protobuf.message.Message):
         batching: Global___Batching | None = ...,
         plan: builtins.str = ...,
         hard_timeout_seconds: builtins.float | None = ...,
+        source: builtins.str = ...,
+        revision: builtins.int = ...,
+        digest: builtins.str = ...,
+        checks: collections.abc.Iterable[Global___Check] | None = ...,
+        limits: collections.abc.Iterable[builtins.str] | None = ...,
+        memory_bytes: builtins.int = ...,
+        gradient_seconds: builtins.float = ...,
+        placements: collections.abc.Iterable[Global___Placement] | None = ...,
+        version_statuses: collections.abc.Iterable[Global___VersionStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "_hard_timeout_seconds", b"_hard_timeout_seconds", "batch_axis", b"batch_axis", "batching", b"batching", "hard_timeout_seconds", b"hard_timeout_seconds", "orders", b"orders"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "_hard_timeout_seconds", b"_hard_timeout_seconds", "batch_axis", b"batch_axis", "batching", b"batching", "description", b"description", "devices", b"devices", "hard_timeout_seconds", b"hard_timeout_seconds", "inputs", b"inputs", "losses", b"losses", "name", b"name", "orders", b"orders", "outputs", b"outputs", "parameter_count", b"parameter_count", "parameters", b"parameters", "plan", b"plan", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_batch_axis", b"_batch_axis", "_hard_timeout_seconds", b"_hard_timeout_seconds", "batch_axis", b"batch_axis", "batching", b"batching", "checks", b"checks", "description", b"description", "devices", b"devices", "digest", b"digest", "gradient_seconds", b"gradient_seconds", "hard_timeout_seconds", b"hard_timeout_seconds", "inputs", b"inputs", "limits", b"limits", "losses", b"losses", "memory_bytes", b"memory_bytes", "name", b"name", "orders", b"orders", "outputs", b"outputs", "parameter_count", b"parameter_count", "parameters", b"parameters", "placements", b"placements", "plan", b"plan", "revision", b"revision", "source", b"source", "state", b"state", "state_reason", b"state_reason", "version", b"version", "version_statuses", b"version_statuses", "versions", b"versions"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_axis", b"_batch_axis"]) -> typing.Literal["batch_axis"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_hard_timeout_seconds", b"_hard_timeout_seconds"]) -> typing.Literal["hard_timeout_seconds"] | None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class Check(google.protobuf.message.Message):
+    """One property that the gate looks at when a model is loaded."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """"gradient", "second", "rows", "determinism" or "purity"."""
+    outcome: Global___CheckOutcome.ValueType
+    """How it came out."""
+    detail: builtins.str
+    """What was found, for people; for a declared difference the operator's reason."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        outcome: Global___CheckOutcome.ValueType = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "name", b"name", "outcome", b"outcome"]) -> None: ...
+
+Global___Check: typing_extensions.TypeAlias = Check
+
+@typing.final
+class Placement(google.protobuf.message.Message):
+    """A model version on one worker."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """The worker's name, e.g. "cpu-0"."""
+    device: builtins.str
+    """Its device in torch's words."""
+    state: Global___ModelState.ValueType
+    """LOADING, READY or FAILED."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        device: builtins.str = ...,
+        state: Global___ModelState.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "state", b"state", "worker", b"worker"]) -> None: ...
+
+Global___Placement: typing_extensions.TypeAlias = Placement
+
+@typing.final
+class VersionStatus(google.protobuf.message.Message):
+    """The state of one version of a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    version: builtins.str
+    """The version."""
+    state: Global___ModelState.ValueType
+    """Whether it can be called."""
+    reason: builtins.str
+    """Why the state is what it is; also, for a ready one, why newer contents of it could not be loaded."""
+    revision: builtins.int
+    """How often it was loaded anew with other contents."""
+    digest: builtins.str
+    """SHA-256 of what it was loaded from, in hex."""
+    def __init__(
+        self,
+        *,
+        version: builtins.str = ...,
+        state: Global___ModelState.ValueType = ...,
+        reason: builtins.str = ...,
+        revision: builtins.int = ...,
+        digest: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "reason", b"reason", "revision", b"revision", "state", b"state", "version", b"version"]) -> None: ...
+
+Global___VersionStatus: typing_extensions.TypeAlias = VersionStatus
 
 @typing.final
 class Batching(google.protobuf.message.Message):
@@ -329,7 +491,7 @@ class LoadModelRequest(google.protobuf.message.Message):
     name: builtins.str
     """Name of the model."""
     version: builtins.str
-    """Version; empty: what the version policy picks."""
+    """Version; empty: all that the model's version policy picks."""
     def __init__(
         self,
         *,
@@ -431,6 +593,7 @@ class UploadHeader(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
+    ARCHITECTURE_VERSION_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Registered architecture that the weights belong to."""
     version: builtins.str
@@ -439,6 +602,8 @@ class UploadHeader(google.protobuf.message.Message):
     """Whole length of the file in bytes."""
     sha256: builtins.bytes
     """SHA-256 of the file, 32 bytes."""
+    architecture_version: builtins.str
+    """The version whose architecture is meant; empty: the latest."""
     def __init__(
         self,
         *,
@@ -446,8 +611,9 @@ class UploadHeader(google.protobuf.message.Message):
         version: builtins.str = ...,
         size_bytes: builtins.int = ...,
         sha256: builtins.bytes = ...,
+        architecture_version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "sha256", b"sha256", "size_bytes", b"size_bytes", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture_version", b"architecture_version", "model", b"model", "sha256", b"sha256", "size_bytes", b"size_bytes", "version", b"version"]) -> None: ...
 
 Global___UploadHeader: typing_extensions.TypeAlias = UploadHeader
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,11 +72,12 @@ def device_memory(device: torch.device) -> int:
 
 
 def limit_memory(device: torch.device, allowance: int | None) -> None:
-    """Lets the process allocate so many bytes besides what it has; more fails where it is asked for.
+    """Lets the process allocate so many bytes besides what it has (None: any); more fails where it is asked for.
 
     On the CPU the machine's own limit would cost the process, or another one, at a time of the system's choosing.
     """
     if allowance is None:
+        _lift_limit(device)
         return
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -95,6 +97,15 @@ def limit_memory(device: torch.device, allowance: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
+def _lift_limit(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    usual, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if usual != most:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
 def _data_bytes() -> int:
     """Bytes that count against RLIMIT_DATA: private and writable. Shared segments do not."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -103,8 +114,11 @@ def _data_bytes() -> int:
     raise RuntimeError("this system does not tell how much memory a process has")
 
 
-def load_models(engine: Engine, setup: Setup) -> list[Signature]:
-    """Loads every model. Raises LoadError, whose message names the source, the cause, and the line where it can."""
+def load_models(engine: Engine, setup: Setup) -> tuple[list[Signature], dict[tuple[str, str], Registration]]:
+    """Loads every model of the setup's sources, and tells what is registered there, by name and version.
+
+    Raises LoadError, whose message names the source, the cause, and the line where it can.
+    """
     sys.path += [entry for entry in setup.path if entry not in sys.path]
     found: list[tuple[str, Registration]] = []
     for source in setup.sources:
@@ -121,14 +135,24 @@ def load_models(engine: Engine, setup: Setup) -> list[Signature]:
                 "put them into a file and name the file"
             ) from error
         found += [("", registration) for registration in given]
-    if not found:
-        raise LoadError("there is no model to serve")
     check_unique(registration for _, registration in found)
+    known = {(registration.name, registration.version): registration for _, registration in found}
+    if setup.only_register:
+        return [], known
     mine = place([registration for _, registration in found], setup.workers or [setup.name])[setup.name]
-    signatures = [_load(engine, source, registration) for source, registration in found if registration in mine]
+    signatures = [
+        _load(engine, source, gated(registration, setup.gate)) for source, registration in found if registration in mine
+    ]
     # Every process starts torch at one and the same seed, which suits loading; but two workers' dropout must differ.
     torch.seed()
-    return signatures
+    return signatures, known
+
+
+def gated(registration: Registration, gate: bool) -> Registration:
+    """What the server says of the gate, for a model that does not say itself."""
+    if gate or registration.gate.enabled is not None:
+        return registration
+    return replace(registration, gate=replace(registration.gate, enabled=False))
 
 
 def _load(engine: Engine, source: str, registration: Registration) -> Signature:

@@ -74,6 +74,8 @@ class Call:
         hosted.binding.check(self.inputs)
         if hosted.ranges:
             self._check_ranges()
+        if job.train:
+            hosted.check_train()
         self.parameters = self._take_parameters()
         self.targets = self._take("targets", job.targets)
         self.loss = losses.prepare(job.loss, self.targets) if job.loss is not None else None
@@ -144,6 +146,7 @@ class Call:
 
     def _check_replaceable(self, name: str) -> None:
         """Raises Fault where the model's code would not find what stands for a parameter."""
+        self.hosted.check_exchange(name)
         if name in self.hosted.kept:
             raise Fault(
                 Reason.UNSUPPORTED_BY_MODEL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,18 +13,19 @@ from pullback_server.engine._names import unknown_name
 from pullback_server.engine.attempt import attempt
 from pullback_server.engine.batches import BatchResult, BatchRun
 from pullback_server.engine.call import Again, Call, WritesInputs, out_of_memory, text_of
+from pullback_server.engine.gate import pass_gate, pass_rows
 from pullback_server.engine.guards import Ambience
 from pullback_server.engine.hosted import HostedModel, build
 from pullback_server.engine.merged import Refused, mergeable, padded, together
 from pullback_server.engine.pieces import InOne, in_pieces, pieceable
 from pullback_server.engine.probe import probe
 from pullback_server.engine.results import EngineResult, Results
-from pullback_server.engine.tuning import settle_batching
+from pullback_server.engine.verdicts import adopt, verdict_of
 from pullback_server.engine.warming import make_plan
 from pullback_server.faults import Fault, listed
-from pullback_server.hosting import Registration
+from pullback_server.hosting import Abilities, Registration
 from pullback_server.hosting.loading import LoadError
-from pullback_server.job import Batch, Job, Signature
+from pullback_server.job import Batch, Job, Signature, Verdict
 from pullback_wire import Reason
 from pullback_wire.malloc import trim_malloc
 
@@ -93,6 +95,18 @@ def _rebuilt(hosted: HostedModel) -> HostedModel:
         ) from error
 
 
+def _limits(abilities: Abilities) -> list[str]:
+    return [reason for reason in (abilities.train, abilities.parameters, abilities.forward_mode) if reason] + list(
+        abilities.notes
+    )
+
+
+def _latest(id: str) -> tuple[int, int]:
+    """Orders the ids of revisions: "2", "10", "10+1"."""
+    version, _, revision = id.partition("+")
+    return int(version), int(revision or 0)
+
+
 class Engine:
     """Runs jobs, one at a time."""
 
@@ -102,18 +116,42 @@ class Engine:
         self.device = device
         self._models: dict[str, dict[str, HostedModel]] = {}
 
-    def load(self, registration: Registration) -> Signature:
-        """Builds a model, and probes which derivatives of it can be promised.
+    def load(self, registration: Registration, verdict: Verdict | None = None) -> Signature:
+        """Builds a model, and finds out what can be promised of it, or believes what was found out elsewhere.
 
         Raises LoadError naming the model and the cause.
         """
         with Ambience():
             hosted = build(registration, self.device)
-            probe(hosted, compute)
-            settle_batching(hosted, compute)
+            if verdict is None:
+                pass_gate(hosted, compute, probe(hosted, compute))
+                pass_rows(hosted, compute)
+            else:
+                adopt(hosted, verdict, compute)
             make_plan(hosted)
-        self._models.setdefault(registration.name, {})[registration.version] = hosted
+        self._models.setdefault(registration.name, {})[registration.id] = hosted
         return self._signature(hosted)
+
+    def verdict(self, name: str, id: str) -> Verdict:
+        """What was found out about a model, for others that load the same. Raises KeyError where there is none."""
+        return verdict_of(self._models[name][id])
+
+    def unload(self, name: str, id: str) -> None:
+        """Forgets a model and gives its memory back; nothing happens where there is none.
+
+        What sessions made of it goes on working, and keeps what it needs of it.
+        """
+        versions = self._models.get(name, {})
+        hosted = versions.pop(id, None)
+        if not versions:
+            self._models.pop(name, None)
+        if hosted is None:
+            return
+        hosted.plans = None
+        del hosted
+        # Modules and what they hold lie in circles.
+        gc.collect()
+        self._tidy()
 
     def signatures(self) -> list[Signature]:
         return [self._signature(hosted) for versions in self._models.values() for hosted in versions.values()]
@@ -136,6 +174,13 @@ class Engine:
             batch=hosted.batch,
             hard_timeout=registration.options.hard_timeout,
             plan=hosted.plan,
+            revision=registration.revision,
+            source=registration.source,
+            digest=registration.digest,
+            checks=hosted.checks,
+            limits=_limits(registration.abilities),
+            memory=hosted.memory,
+            gradient_seconds=hosted.gradient_seconds,
         )
 
     def find(self, model: str, version: str) -> HostedModel:
@@ -146,7 +191,7 @@ class Engine:
         versions = self._models.get(model)
         if versions is None:
             raise unknown_name("model", model, self._models, "function.model", "this server", Reason.MODEL_NOT_FOUND)
-        version = version or max(versions, key=int)
+        version = version or max(versions, key=_latest)
         if version not in versions:
             raise Fault(
                 Reason.VERSION_NOT_FOUND,

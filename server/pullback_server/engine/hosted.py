@@ -21,9 +21,11 @@ from pullback_server.engine.guards import Randomness
 from pullback_server.engine.modes import autocast, autocast_dtype, checkpoint_modules
 from pullback_server.engine.plan import Plan
 from pullback_server.engine.reach import Reference, references
+from pullback_server.faults import Fault
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
-from pullback_server.job import BatchRecord, OrdersRecord, SpecRecord
+from pullback_server.job import BatchRecord, CheckRecord, OrdersRecord, SpecRecord
+from pullback_wire import Reason
 from pullback_wire.dtypes import dtype_number
 
 _log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class HostedModel:
         #: Code other than torch's that runs in backwards whatever the graph says: hooks.
         self.hooked = False
         #: Whether forward mode gave the adjoint of reverse mode when it was probed; where not, it is not used.
-        self.forward_mode = True
+        self.forward_mode = not registration.abilities.forward_mode
         #: Why no JVP of it is right, where the probe found that; empty: nothing stands against them.
         self.no_jvp = ""
         #: What of a graph that is not torch's own was proven to be differentiable twice.
@@ -108,6 +110,9 @@ class HostedModel:
         self.probing = False
         self.seen: set[Any] = set()
         self.orders = OrdersRecord(1, False, "not probed")
+        #: What the gate found, and the seconds of one VJP of a sample.
+        self.checks: list[CheckRecord] = []
+        self.gradient_seconds = 0.0
         #: How its requests may be merged.
         self.batch = BatchRecord()
         #: The inputs that have the batch axis, where its rows were found to be independent of each other; else empty.
@@ -173,18 +178,38 @@ class HostedModel:
         """The memory of its parameters and buffers."""
         return [tensor.untyped_storage() for _, _, tensor, _ in self._expected]
 
+    @property
+    def memory(self) -> int:
+        """Bytes of its parameters and buffers."""
+        return sum({storage._cdata: storage.nbytes() for storage in self.storages()}.values())
+
     def buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The buffers that its modules hold, each with a copy of what it was at first."""
         return [(buffer, pristine) for (_, _, buffer), pristine in zip(self._buffers, self._pristine, strict=True)]
 
     # What a call changes for its own time.
 
+    def check_train(self) -> None:
+        """Raises Fault (UNSUPPORTED_BY_MODEL) where there is no train mode."""
+        if why := self.registration.abilities.train:
+            raise Fault(Reason.UNSUPPORTED_BY_MODEL, f"{self.owner} cannot be put into train mode: {why}", "train")
+
+    def check_exchange(self, name: str) -> None:
+        """Raises Fault (UNSUPPORTED_BY_MODEL) where nothing can stand in for its parameters."""
+        if why := self.registration.abilities.parameters:
+            raise Fault(
+                Reason.UNSUPPORTED_BY_MODEL,
+                f"nothing can stand in for the parameter {name!r} of {self.owner}: {why}",
+                f"parameters[{name}]",
+            )
+
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """Around its forward: autocast, where it was asked for."""
         return autocast(self.autocast, self.device)
 
     def enter_training(self) -> Callable[[], None]:
-        """Train mode, as module.train() makes it. Returns what makes every module as it was."""
+        """Train mode, as module.train() makes it. Returns what makes every module as it was. Raises Fault."""
+        self.check_train()
         module = self.module
         if module is None:
             return lambda: None
@@ -206,8 +231,10 @@ class HostedModel:
         """Lets the module use other tensors for some parameters, and copies of its buffers. Returns what undoes it.
 
         As torch.func.functional_call does, but until the derivatives are computed: recomputation (checkpoints) happens
-        in the backward, and must see the same parameters.
+        in the backward, and must see the same parameters. Raises Fault where nothing can stand in for them.
         """
+        for name in parameters:
+            self.check_exchange(name)
         undo: list[tuple[dict[str, Any], str, Any]] = []
         recurrent = [
             (child.__dict__, child.__dict__.get("_flat_weights"), child.__dict__.get("_flat_weight_refs"))
@@ -316,6 +343,8 @@ class HostedModel:
             "batched_inputs",
             "additive",
             "checked_batches",
+            "checks",
+            "gradient_seconds",
         ):
             setattr(fresh, name, getattr(self, name))
         if self.plan:
@@ -431,7 +460,7 @@ def build(registration: Registration, device: torch.device) -> HostedModel:
     target = registration.target
     if isinstance(target, nn.Module):
         module = copied(target)
-    elif registration.kind == "function" or (registration.kind == "auto" and _takes_arguments(target)):
+    elif registration.kind == "function" or (registration.kind == "auto" and takes_arguments(target)):
         if registration.options.checkpoint:
             raise LoadError(f"{owner}: checkpoint names modules, which a function has none of")
         return HostedModel(registration, target, device)
@@ -470,7 +499,7 @@ def _made(registration: Registration, device: torch.device) -> Any:
         randomness.end()
 
 
-def _takes_arguments(target: Callable[..., Any]) -> bool:
+def takes_arguments(target: Callable[..., Any]) -> bool:
     """Whether a registered object is a function of tensors, not a factory."""
     try:
         parameters = inspect.signature(target).parameters.values()

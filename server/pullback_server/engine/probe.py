@@ -8,6 +8,7 @@ the parameters and the cotangent separately, so that no part hides behind anothe
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from pullback_server.engine._dtypes import WIRE
 from pullback_server.engine.call import Again, Call, WritesInputs
 from pullback_server.engine.guards import Ambience, plain_kernels
 from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.order_trial import OrderTrial
 from pullback_server.engine.samples import choices, sample, shapes
-from pullback_server.engine.trial import TRIES, Compute, Failed, Trial, job_by_everything
+from pullback_server.engine.trial import Compute, Extents, Failed, Variant, double_precision, job_by_everything
 from pullback_server.engine.tripwire import HOOK, has_hooks, is_foreign, key_of, nodes, title
 from pullback_server.faults import Fault
 from pullback_server.job import OrdersRecord, SpecRecord
@@ -26,64 +28,88 @@ from pullback_server.job import OrdersRecord, SpecRecord
 _BUDGET = 30.0
 
 
-def probe(hosted: HostedModel, compute: Compute) -> None:
+@dataclass
+class Ground:
+    """What a model can be tried with.
+
+    variants: choices of its inputs, with shapes that it runs with; why: why there are none. foreign: what of its
+    graphs is not torch's own, in words.
+    """
+
+    hosted: HostedModel
+    variants: list[Variant] = field(default_factory=list)
+    why: str = ""
+    foreign: list[str] = field(default_factory=list)
+    _twin: HostedModel | None = None
+
+    def twin(self) -> HostedModel:
+        """Its copy in double precision, one for all. Raises whatever the model's own copying raises."""
+        if self._twin is None:
+            self._twin = self.hosted.widened()
+            self._twin.probing = True
+        return self._twin
+
+
+def probe(hosted: HostedModel, compute: Compute) -> Ground:
     """Fills in the model's orders, what is proven of it, and its outputs as far as they can be known."""
+    ground = Ground(hosted)
     if not choices(hosted):
+        ground.why = "not every input declares its shape"
         hosted.orders = _unprobed(hosted)
-        return
-    found: list[tuple[list[SpecRecord], dict[str, tuple[int, ...]]]] = []
+        return ground
     foreign: dict[Any, str] = {}
     for records in choices(hosted):
         try:
-            found.append((records, _explore(hosted, records, foreign)))
+            ground.variants.append((records, _explore(hosted, records, foreign)))
         except Failed as failure:
+            ground.variants, ground.why = [], f"no sample input made it run ({failure})"
             hosted.orders = OrdersRecord(1, False, f"not probed: no sample input made the model run ({failure})")
-            return
+            return ground
     if not foreign:
         hosted.orders = OrdersRecord(-1, True, "probed at load: its graph holds operations of torch alone")
-        return
-    names = ", ".join(sorted(foreign.values()))
+        return ground
+    ground.foreign = sorted(foreign.values())
+    _prove(ground, compute, foreign)
+    return ground
+
+
+def _prove(ground: Ground, compute: Compute, foreign: dict[Any, str]) -> None:
+    """Fills in the orders of a model whose backward runs code that is not torch's."""
+    hosted = ground.hosted
+    names = ", ".join(ground.foreign)
     begin = time.monotonic()
     try:
-        twin = hosted.widened()
+        twin = ground.twin()
     except Exception as error:
         hosted.orders = OrdersRecord(
             1, False, f"its backward runs {names}, and it cannot be copied to probe it: {error}"
         )
         return
-    twin.probing = True
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    trial = OrderTrial(twin, compute, begin + _BUDGET)
+    forward = False
+    why_not = ""
     try:
-        trial = Trial(twin, compute, begin + _BUDGET)
-        trials = [(records, extents, number) for records, extents in found for number in range(TRIES)]
-        forward, why_not = trial.check_forward(found)
-        hosted.forward_mode, hosted.no_jvp = twin.forward_mode, why_not
-        trial.check_second(trials, len(found))
+        with double_precision():
+            forward, why_not = trial.check_forward(ground.variants)
+            hosted.forward_mode, hosted.no_jvp = twin.forward_mode, why_not
+            trial.check_second(ground.variants)
         proven = set(twin.seen)
         if not foreign.keys() <= proven:
-            torch.set_default_dtype(dtype)
-            proven |= trial.check_narrow(hosted, found)
+            proven |= trial.check_narrow(hosted, ground.variants)
     except Failed as failure:
         hosted.orders = OrdersRecord(
             1, forward, f"its backward runs {names}, and the probe at load failed: {failure}{why_not}"
         )
-    else:
-        hosted.proven = proven
-        hosted.honest = trial.honest
-        hosted.orders = OrdersRecord(
-            2,
-            forward,
-            f"probed at load: its backward runs {names}, whose derivative agrees with finite differences"
-            + (
-                ""
-                if trial.honest
-                else "; it is not the derivative of its forward, so with a loss there is order 1 only"
-            )
-            + why_not,
-        )
-    finally:
-        torch.set_default_dtype(dtype)
+        return
+    hosted.proven = proven
+    hosted.honest = trial.honest
+    dishonest = "; it is not the derivative of its forward, so with a loss there is order 1 only"
+    hosted.orders = OrdersRecord(
+        2,
+        forward,
+        f"probed at load: its backward runs {names}, whose derivative agrees with finite differences"
+        f"{'' if trial.honest else dishonest}{why_not}",
+    )
 
 
 def _unprobed(hosted: HostedModel) -> OrdersRecord:
@@ -97,7 +123,7 @@ def _unprobed(hosted: HostedModel) -> OrdersRecord:
     )
 
 
-def _explore(hosted: HostedModel, records: list[SpecRecord], foreign: dict[Any, str]) -> dict[str, tuple[int, ...]]:
+def _explore(hosted: HostedModel, records: list[SpecRecord], foreign: dict[Any, str]) -> Extents:
     """Finds extents with which the model runs; notes its outputs, and what in its graph is not torch's."""
     failure = "no free extents fit"
     for extents in shapes(records):

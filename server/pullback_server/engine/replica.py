@@ -252,6 +252,9 @@ class Stage:
         # Sessions run code that torch.compile was applied to as it was written.
         while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
             module = inner
+        if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
+            # torch copies it without looking at what is to be exchanged.
+            raise _unsupported(hosted, "it is TorchScript in part, of which no copy with others can be made")
         memo: dict[int, Any] = {id(own): self._swaps.get(name, own) for name, own in hosted.parameters.items()}
         for buffer, pristine in hosted.buffers():
             memo[id(buffer)] = pristine.clone() if self._private else buffer

@@ -7,10 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.attempt import attempt
@@ -20,6 +18,7 @@ from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.results import EngineResult
 from pullback_server.engine.samples import sample
 from pullback_server.engine.trial import Compute, Tensors, job_by_everything
+from pullback_server.engine.widths import Widths
 from pullback_server.faults import Fault
 from pullback_server.job import GradRef, Job, SpecRecord
 
@@ -44,19 +43,6 @@ class NotProbed(Exception):
 
 class Dependent(Exception):
     """How rows depend on each other."""
-
-
-class _Widths(TorchFunctionMode):
-    """Sees the narrowest floating numbers that are computed with. (A dispatch mode would import torch._dynamo.)"""
-
-    least = 8
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(tensor, torch.Tensor) and tensor.ndim and differentiable(tensor.dtype):
-                self.least = min(self.least, tensor.itemsize // (2 if tensor.is_complex() else 1))
-        return found
 
 
 class RowTrial:
@@ -113,7 +99,7 @@ class RowTrial:
             rows = sum(few)
         inputs = self.sample(rows)
         try:
-            with _Widths() as widths:
+            with Widths() as widths:
                 self.outputs = self.connected(inputs, "input")
             self._width = widths.least
             before = generator_states(self.hosted.device, not self.hosted.stock)

@@ -32,12 +32,20 @@ _MANY, _MANY_SECONDS = 64, 0.2
 _SUMS = {1: 5e-2, 2: 5e-2, 4: 1e-3, 8: 1e-6}
 
 
+class RowsDepend(LoadError):
+    """Rows of a declared batch axis depend on each other. how: in what."""
+
+    def __init__(self, message: str, how: str) -> None:
+        super().__init__(message)
+        self.how = how
+
+
 def probe_rows(hosted: HostedModel, compute: Compute) -> tuple[str, RowTrial]:
     """Finds out which inputs have the batch axis, where all rows are independent.
 
     Returns how that is known, and samples with which the model runs.
 
-    Raises NotProbed where it cannot be found out; LoadError where rows depend on each other.
+    Raises NotProbed where it cannot be found out; RowsDepend where rows depend on each other.
     """
     begin = clock()
     names, alone = _batched(hosted)
@@ -64,13 +72,14 @@ def probe_rows(hosted: HostedModel, compute: Compute) -> tuple[str, RowTrial]:
 
 @contextlib.contextmanager
 def refusing(hosted: HostedModel) -> Iterator[None]:
-    """Raises LoadError where rows turn out to depend on each other."""
+    """Raises RowsDepend where rows turn out to depend on each other."""
     try:
         yield
     except Dependent as error:
-        raise LoadError(
+        raise RowsDepend(
             f"{hosted.owner} declares batch_axis={hosted.registration.batch_axis}, but its rows depend on each other: "
-            f"{error}; leave batch_axis out"
+            f"{error}; leave batch_axis out",
+            str(error),
         ) from None
 
 

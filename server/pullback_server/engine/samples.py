@@ -71,6 +71,14 @@ def sample(
     return found
 
 
+def spread(record: SpecRecord) -> float | None:
+    """Half the range that samples are drawn from, where it is bounded."""
+    low, high = record.minimum, record.maximum
+    if low is None or high is None:
+        return None if low is high else 1.0
+    return (high - low) / 2
+
+
 def _random(
     shape: tuple[int, ...], dtype: torch.dtype, low: float | None, high: float | None, generator: torch.Generator
 ) -> torch.Tensor:

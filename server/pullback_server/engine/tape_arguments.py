@@ -53,6 +53,7 @@ def model_parameters(hosted: HostedModel, operands: Sequence[ops.Operand], sourc
     given = by_name(operands, "parameters", source)
     for name, held in given.items():
         check_parameter(hosted, name, held.tensor)
+        hosted.check_exchange(name)
     return given
 
 

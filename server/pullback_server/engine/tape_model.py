@@ -56,6 +56,8 @@ class Overwritten(Exception):
 
 def run_model(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], Lineage]:
     """The outputs, with their graph, and what is known of it. Raises Fault, Again, Overwritten."""
+    if run.train:
+        hosted.check_train()
     hosted.watch_parameters(run.train)
     wrote_before = hosted.writes_parameters
     randomness = Randomness(run.seed, hosted.device, not hosted.stock)

@@ -25,6 +25,7 @@ from pullback_server.engine.boot import choose_device, device_memory, limit_memo
 from pullback_server.engine.members import BatchAnswer, Batches, overdue
 from pullback_server.engine.records import cleaned, fault_record, record_of, trace_of
 from pullback_server.engine.sessions import Sessions, op_references
+from pullback_server.engine.shelf import Shelf
 from pullback_server.engine.tape import TapeResult
 from pullback_server.engine.transfer import (
     Piece,
@@ -68,17 +69,20 @@ class _Answer(NamedTuple):
 class Worker:
     """Answers what the front sends until the front closes the connection."""
 
-    def __init__(self, sock: socket.socket, reader: FrameReader, engine: Engine, setup: messages.Setup) -> None:
+    def __init__(
+        self, sock: socket.socket, reader: FrameReader, engine: Engine, shelf: Shelf, setup: messages.Setup
+    ) -> None:
         self._socket = sock
         self._reader = reader
         self._engine = engine
+        self._shelf = shelf
         self._sessions = Sessions(engine)
         self._device = torch.device(setup.device)
         self._batches = Batches(engine, self._device)
         self._pins = Pins(self._device)
         self._inbound = Mappings(writable=True)
         self._outbound = Arena(setup.idle_bytes, lambda segment: self._pins.remove(segment.mapping()))
-        self._staged: deque[_Staged] = deque()
+        self._staged: deque[_Staged | messages.Load | messages.Unload] = deque()
         self._connected = True
         self._usable = True
 
@@ -87,7 +91,11 @@ class Worker:
         while self._usable and (self._connected or self._staged):
             self._receive()
             if self._staged:
-                self._answer(self._staged.popleft())
+                first = self._staged.popleft()
+                if isinstance(first, _Staged):
+                    self._answer(first)
+                else:
+                    self._change(first)
 
     def _receive(self) -> None:
         """Takes in what arrived during the last job; waits for something to arrive when there is nothing to do."""
@@ -120,11 +128,13 @@ class Worker:
                     self._pins.add(self._inbound.add(slot.segment, slot.size, frame.fds.pop()))
             case messages.EndSession(session):
                 self._end(session)
+            case messages.Load() | messages.Unload() as change:
+                self._staged.append(change)
             case messages.Setup():
                 raise RuntimeError("a worker is set up once")
 
     def _cancel(self, id: int, member: int) -> None:
-        for staged in self._staged:
+        for staged in self._runs():
             if staged.run.id == id:
                 if member >= 0 and isinstance(staged.run.job, Batch):
                     staged.passed_over.add(member)
@@ -133,13 +143,16 @@ class Worker:
                 self._pass_over(staged)
                 return
 
+    def _runs(self) -> list[_Staged]:
+        return [staged for staged in self._staged if isinstance(staged, _Staged)]
+
     def _pass_over(self, staged: _Staged) -> None:
         self._staged.remove(staged)
         self._drop_uploads(staged.run)
         self._send(messages.Skipped(staged.run.id))
 
     def _end(self, session: int) -> None:
-        for staged in list(self._staged):
+        for staged in self._runs():
             if isinstance(staged.run.job, SessionJob) and staged.run.job.session == session:
                 self._pass_over(staged)
         self._sessions.end(session)
@@ -199,6 +212,13 @@ class Worker:
             self._check_device([answer.message.fault])
         elif isinstance(answer.message, messages.Done) and isinstance(answer.message.outcome, BatchOutcome):
             self._check_device([m for m in answer.message.outcome.members if isinstance(m, FaultRecord)])
+
+    def _change(self, change: messages.Load | messages.Unload) -> None:
+        if isinstance(change, messages.Load):
+            self._send(self._shelf.load(change.number, change.item, change.verdict))
+        else:
+            self._shelf.unload(change.model, change.id)
+            self._send(messages.Unloaded(change.number))
 
     def _compute(self, staged: _Staged, watch: Watch | None) -> _Answer:
         run = staged.run
@@ -315,7 +335,12 @@ def _work(sock: socket.socket) -> None:
     logging.basicConfig(format=f"%(asctime)s %(levelname)s {setup.name} %(name)s: %(message)s")
     try:
         engine = Engine(choose_device(setup))
-        loaded: messages.ToFront = messages.Loaded(load_models(engine, setup), device_memory(engine.device))
+        signatures, known = load_models(engine, setup)
+        shelf = Shelf(engine, known, setup.memory_bytes, setup.gate)
+        more, failed = shelf.load_all(
+            setup.items, lambda item: send_frame(sock, messages.encode(messages.Loading(item.name, item.id)))
+        )
+        loaded: messages.ToFront = messages.Loaded(signatures + more, device_memory(engine.device), failed)
     except LoadError as error:
         loaded = messages.LoadFailed(cleaned(str(error)), trace_of(error))
     # A fault of ours: the operator must hear of that as well.
@@ -328,7 +353,7 @@ def _work(sock: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     limit_memory(engine.device, setup.memory_bytes)
-    worker = Worker(sock, reader, engine, setup)
+    worker = Worker(sock, reader, engine, shelf, setup)
     send_frame(sock, messages.encode(loaded))
     worker.serve()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,9 +17,10 @@ from pullback_server.fleet.reply import LocalReply
 from pullback_server.fleet.seam import Obituary, StartError, WorkerLost
 from pullback_server.fleet.upload import Upload
 from pullback_server.fleet.watchdog import Work
+from pullback_server.hosting.items import Item
 from pullback_server.ipc import messages
 from pullback_server.ipc.frames import Frame
-from pullback_server.job import Batch, Job, Signature
+from pullback_server.job import Batch, Job, Verdict
 from pullback_server.ops import SessionJob
 
 _log = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ class Link:
         self._spawning: asyncio.Task[None] | None = None
         self._process: Process | None = None
         self._loaded: asyncio.Future[messages.Loaded | messages.LoadFailed | None] = loop.create_future()
+        #: Changes of what it holds that it has not answered, by number.
+        self._changes: dict[int, asyncio.Future[messages.Change]] = {}
+        self._numbers = itertools.count(1)
+        #: The item that it was loading at its start when it was last heard of.
+        self.loading: tuple[str, str] | None = None
         #: Done when the worker takes no more jobs, and what it held is lost.
         self.lost: asyncio.Future[None] = loop.create_future()
         #: Done when the process has been reaped and everything is given back; says how it ended.
@@ -78,7 +85,7 @@ class Link:
     def outstanding(self) -> int:
         return self._jobs.outstanding
 
-    async def start(self, spawner: Spawner, load_timeout: float) -> list[Signature]:
+    async def start(self, spawner: Spawner, load_timeout: float) -> messages.Loaded:
         """Starts the process and has it load its models. Raises StartError; then nothing is left of it."""
         try:
             self._spawning = asyncio.create_task(self._spawn(spawner))
@@ -98,7 +105,7 @@ class Link:
             raise
         if isinstance(loaded, messages.Loaded):
             self.memory = loaded.memory
-            return loaded.signatures
+            return loaded
         await self._kill()
         if loaded is None:
             raise StartError(f"worker {self._name} {self.ended.result()} while it loaded its models")
@@ -109,6 +116,36 @@ class Link:
         self._process = await spawner.spawn(self._theirs, self._setup.threads, self._exited)
         if self._over:
             self._process.kill()
+
+    async def load(self, item: Item, verdict: Verdict | None) -> messages.Installed | messages.NotInstalled:
+        """Has the worker load a model when it has done what was sent before. Raises WorkerLost."""
+        number = next(self._numbers)
+        found = await self._change(number, messages.Load(number, item, verdict))
+        assert isinstance(found, messages.Installed | messages.NotInstalled)
+        return found
+
+    async def unload(self, model: str, id: str) -> None:
+        """Has the worker forget a model when it has done what was sent before. Raises WorkerLost."""
+        number = next(self._numbers)
+        await self._change(number, messages.Unload(number, model, id))
+
+    def forget(self, model: str, id: str) -> None:
+        """As `unload`, without waiting for it."""
+        self._channel.send(messages.encode(messages.Unload(next(self._numbers), model, id)))
+
+    async def _change(self, number: int, message: messages.Load | messages.Unload) -> messages.Change:
+        self._check_alive()
+        answer: asyncio.Future[messages.Change] = asyncio.get_running_loop().create_future()
+        self._changes[number] = answer
+        try:
+            if not self._channel.send(messages.encode(message)):
+                raise self._gone()
+            return await answer
+        finally:
+            self._changes.pop(number, None)
+
+    def _gone(self) -> WorkerLost:
+        return WorkerLost(f"worker {self._name} was lost", suspect=False)
 
     def run(
         self, job: Job, views: Sequence[memoryview], deadline: float, obituary: Obituary | None = None
@@ -167,8 +204,14 @@ class Link:
     def _on_frame(self, frame: Frame) -> None:
         match messages.decode_to_front(frame.message):
             case messages.Loaded() | messages.LoadFailed() as loaded:
+                self.loading = None
                 if not self._loaded.done():
                     self._loaded.set_result(loaded)
+            case messages.Loading(model, id):
+                self.loading = (model, id)
+            case messages.Installed(number) | messages.NotInstalled(number) | messages.Unloaded(number) as change:
+                if (answer := self._changes.get(number)) is not None and not answer.done():
+                    answer.set_result(change)
             case messages.Leaving(text):
                 _log.error("worker %s: %s", self._name, text)
                 self._blameless = True
@@ -186,6 +229,9 @@ class Link:
         self._on_lost()
         if not self.lost.done():
             self.lost.set_result(None)
+        for answer in self._changes.values():
+            if not answer.done():
+                answer.set_exception(self._gone())
         self._jobs.end(not self._blameless, self._overdue)
 
     def _end_overdue(self, seconds: float) -> None:

@@ -10,18 +10,23 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from pullback_server.fleet import devices as devices_
 from pullback_server.fleet.carrying import carry
 from pullback_server.fleet.copying import Copier
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.process import Spawner
-from pullback_server.fleet.seam import StartError
+from pullback_server.fleet.rehearsal import Stage
+from pullback_server.fleet.seam import LoadFailure, Rehearsed, StartError, WorkerLost, WorkerState
+from pullback_server.fleet.shelf import Shelf, Shelved, chosen
 from pullback_server.fleet.signatures import Signatures, by_name, check_equal, weakest
 from pullback_server.fleet.watchdog import Work
 from pullback_server.fleet.worker import LocalWorker
+from pullback_server.hosting.items import Item
 from pullback_server.hosting.spec import Registration
 from pullback_server.ipc import messages
-from pullback_server.job import Batch, Job, Signature
+from pullback_server.job import Batch, Job, Signature, Verdict
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +41,8 @@ class LocalFleet:
     load_timeout: seconds a worker may take to load all models.
     idle_bytes: of shared memory that each worker, and the front for each worker, keeps for the next job.
     hard_timeout: seconds of computing after which a job costs its worker, where its model says nothing else.
-    memory_bytes, float32_precision: see `messages.Setup`.
+    memory_bytes, float32_precision, gate: see `messages.Setup`.
+    empty: whether there need be no model at the start, since others will be installed.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class LocalFleet:
         hard_timeout: float = 600.0,
         memory_bytes: int | None = None,
         float32_precision: str = "highest",
+        gate: bool = True,
+        empty: bool = False,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self._sources = list(sources)
@@ -61,6 +69,8 @@ class LocalFleet:
         self._hard_timeout = hard_timeout
         self._memory_bytes = memory_bytes
         self._float32_precision = float32_precision
+        self._gate = gate
+        self._empty = empty
         self._workers: list[LocalWorker] = []
         #: Every process of which something may be left.
         self._links: set[Link] = set()
@@ -68,6 +78,10 @@ class LocalFleet:
         self._signatures: Signatures = {}
         #: What each worker's present process holds.
         self._held: dict[str, Signatures] = {}
+        self._shelf = Shelf()
+        self._stage: Stage | None = None
+        #: Items that workers lack, on their way there.
+        self._filling: dict[str, asyncio.Task[None]] = {}
         self._spawner = Spawner()
         # One copy fills a good part of the memory's bandwidth: a few at once are enough.
         self._copier = Copier(max(2, min(8, devices_.cores() // 2)))
@@ -89,7 +103,7 @@ class LocalFleet:
         return sum(worker.passed_over for worker in self._workers)
 
     async def start(self) -> None:
-        if not self._sources and not self._registrations:
+        if not (self._sources or self._registrations or self._empty):
             raise StartError("there is no model to serve")
         names = await self._prepare()
         sharing = Counter(setup.device for setup in self._setups.values())
@@ -111,6 +125,11 @@ class LocalFleet:
             raise
 
     async def close(self, grace: float) -> None:
+        for task in self._filling.values():
+            task.cancel()
+        await asyncio.gather(*self._filling.values(), return_exceptions=True)
+        if self._stage is not None:
+            await self._stage.close()
         await asyncio.gather(*(worker.close(grace) for worker in self._workers))
         # Those whose start failed, and was interrupted while they were put away.
         await asyncio.gather(*(link.close(0.0) for link in self._links))
@@ -137,9 +156,12 @@ class LocalFleet:
                 names,
                 self._memory_bytes,
                 self._float32_precision,
+                gate=self._gate,
             )
             for name, device in zip(names, found, strict=True)
         }
+        aside = msgspec.structs.replace(self._setups[names[0]], name="rehearsal", only_register=True)
+        self._stage = Stage(lambda: self._link(aside, _nothing, _nothing), self._spawner, self._load_timeout)
         return names
 
     def _limit_of(self, work: Work) -> float:
@@ -157,23 +179,118 @@ class LocalFleet:
         signature = self._signatures.get(model, {}).get(version)
         return None if signature is None else signature.hard_timeout
 
-    async def _launch(self, worker: LocalWorker) -> tuple[Link, Signatures]:
-        try:
-            link = Link(self._setups[worker.name], self._copier, worker.lost, worker.changed, self._limit_of)
-        except OSError as error:
-            raise StartError(f"worker {worker.name} cannot be started: {error}") from error
+    def _link(self, setup: messages.Setup, on_lost: Callable[[], None], on_room: Callable[[], None]) -> Link:
+        """A link that `close` will end. Raises OSError."""
+        link = Link(setup, self._copier, on_lost, on_room, self._limit_of)
         self._links.add(link)
         link.ended.add_done_callback(lambda _: self._links.discard(link))
-        theirs = by_name(await link.start(self._spawner, self._load_timeout))
+        return link
+
+    async def _launch(self, worker: LocalWorker) -> tuple[Link, Signatures]:
+        setup = msgspec.structs.replace(self._setups[worker.name], items=self._shelf.of(worker.name))
+        try:
+            link = self._link(setup, worker.lost, worker.changed)
+        except OSError as error:
+            raise StartError(f"worker {worker.name} cannot be started: {error}") from error
+        try:
+            loaded = await link.start(self._spawner, self._load_timeout)
+        except StartError:
+            if link.loading is not None:
+                self._shelf.died(worker.name, *link.loading)
+            raise
+        for model, id, message in loaded.failed:
+            _log.error("worker %s holds no %s version %s: %s", worker.name, model, id, message)
+        theirs = by_name(loaded.signatures)
+        for item, _ in setup.items:
+            if (item.name, item.id) not in self._shelf:
+                # It was taken out of service while the worker started.
+                link.forget(item.name, item.id)
+                theirs.get(item.name, {}).pop(item.id, None)
         try:
             check_equal(worker.name, theirs, self._signatures)
         except StartError:
             await link.close(0.0)
             raise
         self._held[worker.name] = theirs
-        # Of what there is now: what a process promised that is no more binds nobody.
-        self._signatures = functools.reduce(weakest, self._held.values(), {})
+        self._settle()
         return link, theirs
 
+    def _settle(self) -> None:
+        # Of what there is now: what a process promised that is no more binds nobody.
+        self._signatures = functools.reduce(weakest, self._held.values(), {})
+
     def _changed(self) -> None:
+        for worker in self._workers:
+            # One that was replaced while an item was installed may lack it.
+            if worker.state is WorkerState.READY and worker.name not in self._filling:
+                missing = [one for one in self._shelf.missing(worker.name, worker.held) if not worker.busy_changing]
+                if missing:
+                    task = asyncio.create_task(self._fill(worker, missing))
+                    self._filling[worker.name] = task
         self.on_change()
+
+    async def _fill(self, worker: LocalWorker, missing: Sequence[Shelved]) -> None:
+        try:
+            for shelved in missing:
+                key = (shelved.item.name, shelved.item.id)
+                try:
+                    await self._install_on(worker, shelved.item, shelved.verdict)
+                except (LoadFailure, WorkerLost) as error:
+                    self._shelf.died(worker.name, *key)
+                    _log.error("worker %s holds no %s version %s: %s", worker.name, *key, error)
+        finally:
+            del self._filling[worker.name]
+
+    # Items.
+
+    async def rehearse(self, item: Item) -> Rehearsed:
+        assert self._stage is not None
+        return await self._stage.rehearse(item)
+
+    async def install(self, item: Item, rehearsed: Rehearsed) -> Signature:
+        counts = {worker.name: len(worker.held) for worker in self._workers}
+        names = chosen(item, rehearsed.verdict, counts)
+        # One that is being replaced gets it afterwards, as long as another has it.
+        ready = [one for one in self._workers if one.name in names and one.state is WorkerState.READY]
+        if not ready:
+            raise LoadFailure(f"model {item.name!r} version {item.version}: no worker is ready; they are starting")
+        installs = [asyncio.create_task(self._install_on(one, item, rehearsed.verdict)) for one in ready]
+        try:
+            await asyncio.gather(*installs)
+        except BaseException as error:
+            for install in installs:
+                install.cancel()
+            await asyncio.gather(*installs, return_exceptions=True)
+            await self.uninstall(item.name, item.id)
+            if isinstance(error, WorkerLost):
+                raise LoadFailure(f"model {item.name!r} version {item.version}: {error} while it loaded it") from error
+            raise
+        self._shelf.put(Shelved(item, rehearsed.verdict, names))
+        self._changed()
+        return self._signatures[item.name][item.id]
+
+    async def _install_on(self, worker: LocalWorker, item: Item, verdict: Verdict) -> None:
+        """Raises LoadFailure, WorkerLost."""
+        found = await worker.install(item, verdict, self._load_timeout)
+        theirs = {item.name: {item.id: found.signature}}
+        try:
+            check_equal(worker.name, theirs, self._signatures)
+        except StartError as error:
+            await worker.uninstall(item.name, item.id)
+            raise LoadFailure(str(error)) from error
+        self._held[worker.name].setdefault(item.name, {})[item.id] = found.signature
+        self._settle()
+
+    async def uninstall(self, model: str, id: str) -> None:
+        self._shelf.take(model, id)
+        for held in self._held.values():
+            held.get(model, {}).pop(id, None)
+            if not held.get(model, True):
+                del held[model]
+        self._settle()
+        # Also where it is not known to be: a worker may have been about to load it.
+        await asyncio.gather(*(worker.uninstall(model, id) for worker in self._workers))
+
+
+def _nothing() -> None:
+    pass

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from pullback_server.job import Batch, BatchOutcome, Job, Outcome, Signature
+from pullback_server.hosting.items import Item
+from pullback_server.job import Batch, BatchOutcome, Job, Outcome, Signature, Verdict
 from pullback_server.ops import SessionJob, SessionOutcome
 
 Buffer = bytes | bytearray | memoryview
@@ -27,6 +29,10 @@ class WorkerState(enum.Enum):
 
 class StartError(Exception):
     """The fleet cannot serve: a model does not load, or workers do not start. The message is for the operator."""
+
+
+class LoadFailure(Exception):
+    """A model cannot be loaded. The message names it and the cause; nothing is left of it."""
 
 
 class WorkerLost(Exception):
@@ -165,8 +171,15 @@ class Worker(Protocol):
     async def post(self, batch: Batch, payloads: Sequence[Buffer], deadline: float) -> BatchPending:
         """Sends a batch; otherwise as `run`, whose reply this one's is."""
 
-    def holds(self, model: str, version: str) -> bool:
-        """Whether it has loaded a version of a model; no version: any."""
+    def holds(self, model: str, id: str) -> bool:
+        """Whether it has loaded a version of a model, by its id (`Signature.id`); no id: any."""
+
+    @property
+    def busy_changing(self) -> bool:
+        """Whether it is loading or forgetting a model, so that it computes nothing for a while."""
+
+    def changing(self, model: str, id: str) -> bool:
+        """Whether it is loading or forgetting this one."""
 
     @property
     def memory(self) -> int:
@@ -180,6 +193,14 @@ class Worker(Protocol):
         """A place for a session on the present process. Raises WorkerLost."""
 
 
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a rehearsal found out about an item."""
+
+    signature: Signature
+    verdict: Verdict
+
+
 class Fleet(Protocol):
     """All workers."""
 
@@ -191,7 +212,19 @@ class Fleet(Protocol):
 
     @property
     def signatures(self) -> Mapping[str, Mapping[str, Signature]]:
-        """Signatures by model name and version; filled by `start`."""
+        """Signatures by model name and id; filled by `start`, `install` and `uninstall`."""
+
+    async def rehearse(self, item: Item) -> Rehearsed:
+        """Loads an item in a process apart, checks it there, and forgets it again. Raises LoadFailure."""
+
+    async def install(self, item: Item, rehearsed: Rehearsed) -> Signature:
+        """Loads an item on every worker that should hold it, now and whenever one is replaced.
+
+        Raises LoadFailure; then no worker holds it.
+        """
+
+    async def uninstall(self, model: str, id: str) -> None:
+        """Has every worker forget a model, and gives its memory back. Nobody may use it any more."""
 
     @property
     def restarts(self) -> int:

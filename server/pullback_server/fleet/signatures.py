@@ -13,10 +13,10 @@ Signatures = dict[str, dict[str, Signature]]
 
 
 def by_name(signatures: Sequence[Signature]) -> Signatures:
-    """Signatures by model name and version."""
+    """Signatures by model name and id."""
     found: Signatures = {}
     for signature in signatures:
-        found.setdefault(signature.name, {})[signature.version] = signature
+        found.setdefault(signature.name, {})[signature.id] = signature
     return found
 
 
@@ -26,11 +26,11 @@ def check_equal(worker: str, theirs: Signatures, known: Signatures) -> None:
     What was found out by probes and timings need not come out the same everywhere; see `weakest`.
     """
     for name, versions in theirs.items():
-        for version, signature in versions.items():
-            other = known.get(name, {}).get(version)
+        for id, signature in versions.items():
+            other = known.get(name, {}).get(id)
             if other is not None and _essence(signature) != _essence(other):
                 raise StartError(
-                    f"model {name!r} on worker {worker} is not what the others hold; "
+                    f"model {name!r} version {signature.version} on worker {worker} is not what the others hold; "
                     "does its source give the same model every time, and was it changed meanwhile?"
                 )
 
@@ -40,14 +40,20 @@ def weakest(one: Signatures, other: Signatures) -> Signatures:
     merged = {name: dict(versions) for name, versions in one.items()}
     for name, versions in other.items():
         mine = merged.setdefault(name, {})
-        for version, signature in versions.items():
-            mine[version] = _weaker(mine[version], signature) if version in mine else signature
+        for id, signature in versions.items():
+            mine[id] = _weaker(mine[id], signature) if id in mine else signature
     return merged
 
 
 def _essence(signature: Signature) -> Signature:
     return msgspec.structs.replace(
-        signature, device="", orders=OrdersRecord(0, False, ""), batch=BatchRecord(), plan=""
+        signature,
+        device="",
+        orders=OrdersRecord(0, False, ""),
+        batch=BatchRecord(),
+        plan="",
+        checks=[],
+        gradient_seconds=0.0,
     )
 
 

@@ -13,11 +13,12 @@ from pullback_server.faults import Fault
 from pullback_server.fleet.jobs import Posted, as_views
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.reply import LocalReply
-from pullback_server.fleet.seam import Buffer, Obituary, WorkerLost, WorkerState
+from pullback_server.fleet.seam import Buffer, LoadFailure, Obituary, WorkerLost, WorkerState
 from pullback_server.fleet.seat import LocalSeat
 from pullback_server.fleet.signatures import Signatures
+from pullback_server.hosting.items import Item
 from pullback_server.ipc import messages
-from pullback_server.job import Batch, Job
+from pullback_server.job import Batch, Job, Verdict
 from pullback_wire import Reason
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ _LONGEST_DELAY = 30.0
 _STABLE = 30.0
 
 Launch = Callable[["LocalWorker"], Awaitable[tuple[Link, Signatures]]]
+Key = tuple[str, str]
 
 
 class LocalBatch:
@@ -69,8 +71,10 @@ class LocalWorker:
         self._supervisor: asyncio.Task[None] | None = None
         #: Models that were seen to write into their inputs: their jobs are sent with `copy_inputs` at once.
         self._writers: set[tuple[str, str, bool]] = set()
-        #: Versions of the models it holds; what a replacement holds is the same.
+        #: Ids of the versions that it holds, by model.
         self._models: dict[str, set[str]] = {}
+        #: What it is loading, or forgetting, at present.
+        self._changing: set[Key] = set()
         self._passed_over = 0
         self._seats: set[LocalSeat] = set()
         self._sessions = 0
@@ -122,6 +126,68 @@ class LocalWorker:
 
     def holds(self, model: str, version: str) -> bool:
         return model in self._models and (not version or version in self._models[model])
+
+    @property
+    def held(self) -> list[Key]:
+        """Models and ids of what it holds."""
+        return [(model, id) for model, ids in self._models.items() for id in ids]
+
+    @property
+    def busy_changing(self) -> bool:
+        return bool(self._changing)
+
+    def changing(self, model: str, id: str) -> bool:
+        return (model, id) in self._changing
+
+    async def install(self, item: Item, verdict: Verdict | None, seconds: float) -> messages.Installed:
+        """Has the process load an item. Raises LoadFailure, WorkerLost; then the process does not hold it.
+
+        One that takes longer than so many seconds is ended: nobody knows what it would do next.
+        """
+        link = self._present()
+        key = (item.name, item.id)
+        self._changing.add(key)
+        try:
+            async with asyncio.timeout(seconds):
+                found = await link.load(item, verdict)
+        except TimeoutError:
+            await link.close(0.0)
+            raise LoadFailure(f"model {item.name!r} version {item.version} did not load within {seconds:g} s") from None
+        except asyncio.CancelledError:
+            # It will load it all the same, and shall then forget it.
+            link.forget(*key)
+            raise
+        finally:
+            self._changing.discard(key)
+            self.changed()
+        if isinstance(found, messages.NotInstalled):
+            _log.debug("worker %s: %s\n%s", self.name, found.message, found.traceback)
+            raise LoadFailure(found.message)
+        if link is not self._link or not link.alive:
+            raise WorkerLost(f"worker {self.name} was lost", suspect=False)
+        self._models.setdefault(item.name, set()).add(item.id)
+        return found
+
+    def withdraw(self, model: str, id: str) -> None:
+        """Sends no more jobs for a model here."""
+        ids = self._models.get(model, set())
+        ids.discard(id)
+        if not ids:
+            self._models.pop(model, None)
+        self._writers = {key for key in self._writers if key[:2] != (model, id)}
+
+    async def uninstall(self, model: str, id: str) -> None:
+        """Has the process forget a model; one that is gone holds nothing."""
+        self.withdraw(model, id)
+        key = (model, id)
+        self._changing.add(key)
+        try:
+            await self._present().unload(model, id)
+        except WorkerLost:
+            pass
+        finally:
+            self._changing.discard(key)
+            self.changed()
 
     @property
     def passed_over(self) -> int:
@@ -178,7 +244,7 @@ class LocalWorker:
         self._link, signatures = await self._launch(self)
         if before is not None:
             self._passed_over += before.passed_over
-        self._models = {name: set(versions) for name, versions in signatures.items()}
+        self._models = {name: set(ids) for name, ids in signatures.items()}
         _log.info("worker %s (pid %s) is ready after %.1f s", self.name, self.pid, time.monotonic() - began)
         # It may have died in the very turn in which it became ready.
         self._set(WorkerState.READY if self._link.alive else WorkerState.DEAD)

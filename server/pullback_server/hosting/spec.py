@@ -162,7 +162,7 @@ def model(
         raise ValueError(f"model {name!r}: {error}") from None
 
     def register(target: F) -> F:
-        text = description if description is not None else (getattr(target, "__doc__", None) or "").strip()
+        text = description if description is not None else first_line(target)
         registration = Registration(
             name=name,
             target=target,
@@ -187,6 +187,11 @@ def model(
         return target
 
     return register
+
+
+def first_line(target: object) -> str:
+    """Of an object's docstring; none: empty."""
+    return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0]
 
 
 def registrations_of(target: object) -> tuple[Registration, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from pullback_server.job import Batch, BatchOutcome, FaultRecord, Job, Outcome, Signature
+from pullback_server.hosting.items import Item
+from pullback_server.job import Batch, BatchOutcome, FaultRecord, Job, Outcome, Signature, Verdict
 from pullback_server.ops import SessionJob, SessionOutcome
 
 
@@ -49,6 +50,31 @@ class Setup(msgspec.Struct, array_like=True, tag="setup"):
     memory_bytes: int | None = None
     #: torch.set_float32_matmul_precision: "highest" (IEEE), "high" (TF32), "medium" (bfloat16).
     float32_precision: str = "highest"
+    #: Loaded besides what `sources` and `registrations` say; one of these that does not load costs nothing else.
+    items: list[tuple[Item, Verdict | None]] = []
+    #: Only find out what the sources register, and build none of it: for a process that loads items alone.
+    only_register: bool = False
+    #: Whether models pass the gate where they do not say themselves.
+    gate: bool = True
+
+
+class Load(msgspec.Struct, array_like=True, tag="load"):
+    """Load a model when what was sent before is done; answered by `Installed` or `NotInstalled`.
+
+    verdict: what another process found out about it; None: find it out.
+    """
+
+    number: int
+    item: Item
+    verdict: Verdict | None
+
+
+class Unload(msgspec.Struct, array_like=True, tag="unload"):
+    """Forget a model when what was sent before is done; answered by `Unloaded`, also where it was not there."""
+
+    number: int
+    model: str
+    id: str
 
 
 class Run(msgspec.Struct, array_like=True, tag="run"):
@@ -87,11 +113,19 @@ class Cancel(msgspec.Struct, array_like=True, tag="cancel"):
     member: int = -1
 
 
+class Loading(msgspec.Struct, array_like=True, tag="loading"):
+    """At its start a worker begins with one of `Setup.items`, so that it is known which one it dies of."""
+
+    model: str
+    id: str
+
+
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
-    """All models are loaded. memory: bytes that the device has in all."""
+    """All models are loaded. memory: bytes that the device has in all. failed: items that were not, by model and id."""
 
     signatures: list[Signature]
     memory: int = 0
+    failed: list[tuple[str, str, str]] = []
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
@@ -99,6 +133,28 @@ class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
 
     message: str
     traceback: str
+
+
+class Installed(msgspec.Struct, array_like=True, tag="installed"):
+    """A `Load` that succeeded. verdict: what was found out about the model, by this worker or before."""
+
+    number: int
+    signature: Signature
+    verdict: Verdict
+
+
+class NotInstalled(msgspec.Struct, array_like=True, tag="not_installed"):
+    """A `Load` that did not. `message` is for the operator, `traceback` for the log."""
+
+    number: int
+    message: str
+    traceback: str
+
+
+class Unloaded(msgspec.Struct, array_like=True, tag="unloaded"):
+    """An `Unload` that is done."""
+
+    number: int
 
 
 class Done(msgspec.Struct, array_like=True, tag="done"):
@@ -139,8 +195,10 @@ class Leaving(msgspec.Struct, array_like=True, tag="leaving"):
     message: str
 
 
-ToWorker = Setup | Run | Cancel | Note | Uploaded | EndSession
-ToFront = Loaded | LoadFailed | Done | Failed | Again | Skipped | Leaving | Note
+Change = Installed | NotInstalled | Unloaded
+
+ToWorker = Setup | Run | Cancel | Note | Uploaded | EndSession | Load | Unload
+ToFront = Loading | Loaded | LoadFailed | Change | Done | Failed | Again | Skipped | Leaving | Note
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -11,7 +11,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from pullback_server.fleet.seam import Buffer
-from pullback_server.job import BlockRef, GradRef, Kind, Outcome, TensorRef
+from pullback_server.job import BlockRef, GradRef, Kind, Outcome, TensorRef, split_id
 from pullback_wire import encode
 from pullback_wire.v1 import gradient_service_pb2 as pb
 from pullback_wire.v1 import tensor_pb2
@@ -33,12 +33,13 @@ async def join(header: bytes, payloads: Sequence[Buffer], executor: Executor) ->
         raise
 
 
-def header(kind: Kind, outcome: Outcome) -> bytes:
+def header(kind: Kind, outcome: Outcome, id: str) -> bytes:
     """`response`, serialised. Callers ask for the same thing again and again, so that the latest are kept."""
     if outcome.norms or outcome.blocks:
-        return response(kind, outcome).SerializeToString()
+        return response(kind, outcome, id).SerializeToString()
     return _header(
         kind,
+        id,
         tuple(outcome.outputs),
         tuple(outcome.gradients),
         tuple(outcome.hvps),
@@ -49,16 +50,28 @@ def header(kind: Kind, outcome: Outcome) -> bytes:
 @functools.lru_cache(1024)
 def _header(
     kind: Kind,
+    id: str,
     outputs: tuple[TensorRef, ...],
     gradients: tuple[GradRef, ...],
     hvps: tuple[GradRef, ...],
     derivatives: tuple[GradRef, ...],
 ) -> bytes:
-    return response(kind, Outcome(list(outputs), list(gradients), list(hvps), list(derivatives))).SerializeToString()
+    outcome = Outcome(list(outputs), list(gradients), list(hvps), list(derivatives))
+    return response(kind, outcome, id).SerializeToString()
 
 
-def response(kind: Kind, outcome: Outcome) -> Message:
-    """The message, without payloads: its tensors refer to them by the outcome's own indices."""
+def response(kind: Kind, outcome: Outcome, id: str) -> Message:
+    """The message, without payloads: its tensors refer to them by the outcome's own indices.
+
+    id: of the version that answered.
+    """
+    message: Any = _response(kind, outcome)
+    message.model_version, message.model_revision = split_id(id)
+    found: Message = message
+    return found
+
+
+def _response(kind: Kind, outcome: Outcome) -> Any:
     outputs = [_tensor(ref) for ref in outcome.outputs]
     if kind == "evaluate":
         return pb.EvaluateResponse(outputs=outputs)

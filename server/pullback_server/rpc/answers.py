@@ -64,7 +64,7 @@ class AnswerWriter:
         else:
             assert op.job is not None
             field = getattr(frame.stateless, op.job.kind)
-            field.CopyFrom(response(op.job.kind, cast(Outcome, reply.outcome)))
+            field.CopyFrom(response(op.job.kind, cast(Outcome, reply.outcome), op.job.version))
             tensors = list(tensors_of(field))
         transfers, staying = await self._outbox.send(reply.payloads, self._room)
         if transfers:

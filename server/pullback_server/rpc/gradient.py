@@ -48,7 +48,7 @@ class GradientHandler:
             raise
         with scheduled.reply as reply:
             kind: Kind = job.kind
-            described = header(kind, cast(Outcome, reply.outcome))
+            described = header(kind, cast(Outcome, reply.outcome), job.version)
             answer = await join(described, reply.payloads, self._executor)
             timings = reply.timings
             self._metrics.stages(job.model, scheduled.queued, timings["transfer"], timings["compute"])

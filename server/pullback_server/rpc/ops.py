@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from pullback_server import ops
 from pullback_server.faults import Fault
 from pullback_server.job import Job, LossCall, TensorRef
-from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.kept import Kept
 from pullback_server.rpc.request import Translator, loss_of, loss_options, train_of
 from pullback_wire import Reason, TensorReader
 from pullback_wire.operations import OPERATIONS
@@ -62,7 +62,7 @@ def handles_of(frame: pb.SessionRequest) -> list[int]:
 class OpTranslator:
     """Makes ops of frames, as far as that can be told without the session's tensors."""
 
-    def __init__(self, catalogue: Catalogue, translator: Translator) -> None:
+    def __init__(self, catalogue: Kept, translator: Translator) -> None:
         self._catalogue = catalogue
         self._translator = translator
 
@@ -107,7 +107,7 @@ class OpTranslator:
         view = self._catalogue.find(op.model.name, op.model.version, "parameters.model.")
         handles = _handles(op.handles, "parameters.handles")
         _same_length(len(op.names), len(handles), "parameters.names", "parameters.handles")
-        return ops.Parameters(view.signature.name, view.signature.version, list(op.names), handles)
+        return ops.Parameters(view.signature.name, view.signature.id, list(op.names), handles)
 
     def _call(self, call: pb.CallOp, reader: TensorReader) -> ops.Call:
         callee = self._callee(call)
@@ -133,7 +133,7 @@ class OpTranslator:
             view = self._catalogue.find(function.model, function.version, "call.function.")
             return ops.Model(
                 view.signature.name,
-                view.signature.version,
+                view.signature.id,
                 loss_of(function, view),
                 train_of(function),
                 function.seed if function.HasField("seed") else None,

@@ -13,6 +13,7 @@ from google.protobuf import json_format
 from pullback_server.faults import Fault, nearest
 from pullback_server.job import Job, Kind, LossCall, Signature, TensorRef, Wrt
 from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.kept import Kept
 from pullback_server.rpc.signature import SignatureView
 from pullback_wire import Reason, TensorReader, dtype_name
 from pullback_wire.dtypes import RESULT_DTYPES
@@ -40,7 +41,7 @@ class ResultLimits:
 class Translator:
     """Makes jobs of requests."""
 
-    def __init__(self, catalogue: Catalogue, limits: ResultLimits) -> None:
+    def __init__(self, catalogue: Catalogue | Kept, limits: ResultLimits) -> None:
         self._catalogue = catalogue
         self._limits = limits
 
@@ -68,7 +69,7 @@ class Translator:
         job = Job(
             kind=_KINDS[type(request)],
             model=view.signature.name,
-            version=view.signature.version,
+            version=view.signature.id,
             loss=loss,
             train=train_of(function),
             seed=function.seed if function.HasField("seed") else None,

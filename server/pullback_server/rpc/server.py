@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from pullback_server.fleet.seam import Fleet
+from pullback_server.registry import Curator, UploadStore
+from pullback_server.rpc.access import Access
 from pullback_server.rpc.catalogue import Catalogue
 from pullback_server.rpc.gradient import GradientHandler
 from pullback_server.rpc.models import ModelHandler
@@ -19,6 +22,7 @@ from pullback_server.rpc.request import ResultLimits, Translator
 from pullback_server.rpc.session import SessionHandler
 from pullback_server.rpc.stream import SessionOptions
 from pullback_server.rpc.unary import Handler, Unary
+from pullback_server.rpc.uploading import UploadHandler
 from pullback_server.scheduling import Scheduler
 from pullback_server.telemetry import Metrics
 from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Method
@@ -49,9 +53,18 @@ class FrontOptions:
 class Front:
     """The services on one port."""
 
-    def __init__(self, options: FrontOptions, fleet: Fleet, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        options: FrontOptions,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        curator: Curator,
+        uploads: UploadStore | None,
+        access: Access,
+        metrics: Metrics,
+    ) -> None:
         self._options = options
-        self._catalogue = Catalogue(fleet, scheduler.unmerged)
+        self._catalogue = Catalogue(fleet, curator.table, scheduler.unmerged)
         # Joins large answers off the event loop.
         self._executor = ThreadPoolExecutor(2, "pullback-encode")
         self._health = HealthServicer()
@@ -81,23 +94,30 @@ class Front:
             options.max_message_bytes,
             options.max_call_seconds,
         )
-        self.sessions = SessionHandler(session_options, self._catalogue, translator, scheduler, metrics, self._executor)
+        self.sessions = SessionHandler(session_options, self._catalogue, limits, scheduler, metrics, self._executor)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SESSION_SERVICE, {"Session": self.sessions.method_handler()}),)
         )
+        self._models = ModelHandler(self._catalogue, curator, access)
+        uploading = UploadHandler(self._catalogue, curator, uploads, access, metrics).method_handler()
         self._services = [
             self._add(unary, GRADIENT_METHODS.values(), gradients),
             SESSION_SERVICE,
-            self._add(unary, MODEL_METHODS.values(), ModelHandler(self._catalogue)),
+            self._add(unary, MODEL_METHODS.values(), self._models, UploadWeights=uploading),
         ]
+        self._table = curator.table
+        self._announced: set[str] = set()
+        self._announcing = asyncio.Lock()
+        self._telling: set[asyncio.Task[None]] = set()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
         self.port = 0
+        self._serving = False
 
-    def _add(self, unary: Unary, methods: Iterable[Method], handler: Handler) -> str:
+    def _add(self, unary: Unary, methods: Iterable[Method], handler: Handler, **others: grpc.RpcMethodHandler) -> str:
         methods = list(methods)
-        handlers = {method.name: unary.method_handler(method, handler) for method in methods}
+        handlers = {method.name: unary.method_handler(method, handler) for method in methods} | others
         service = methods[0].service
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         return service
@@ -111,17 +131,36 @@ class Front:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
         await self._server.start()
+        self._table.on_change = self._changed
         await self.announce(True)
+
+    def _changed(self) -> None:
+        self._catalogue.changed()
+        task = asyncio.create_task(self._announce_models())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     async def announce(self, serving: bool) -> None:
         """Sets the health of the server, of each service, and of each model."""
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ["", *self._services, *self._catalogue.names()]:
+        self._serving = serving
+        for name in ["", *self._services]:
             await self._health.set(name, state)
+        await self._announce_models()
+
+    async def _announce_models(self) -> None:
+        """The health of each model that can be called, or could be."""
+        async with self._announcing:
+            states = health_pb2.HealthCheckResponse
+            names = set(self._catalogue.names()) if self._serving else set()
+            for name in sorted(names | self._announced):
+                await self._health.set(name, states.SERVING if name in names else states.NOT_SERVING)
+            self._announced |= names
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets those that run end within `grace` seconds, then ends them."""
         await self.announce(False)
+        await self._models.close()
         self.sessions.drain(grace)
         await self._server.stop(grace)
         self._executor.shutdown(wait=False)

@@ -14,9 +14,10 @@ import grpc
 from pullback_server.faults import Fault
 from pullback_server.rpc import status
 from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.kept import Kept
 from pullback_server.rpc.ops import OpTranslator
 from pullback_server.rpc.origin import origin_of
-from pullback_server.rpc.request import Translator
+from pullback_server.rpc.request import ResultLimits, Translator
 from pullback_server.rpc.stream import SessionOptions, Stream
 from pullback_server.rpc.transfers import WINDOW, ProtocolBreach
 from pullback_server.scheduling import Pinned, Scheduler
@@ -37,14 +38,14 @@ class SessionHandler:
         self,
         options: SessionOptions,
         catalogue: Catalogue,
-        translator: Translator,
+        limits: ResultLimits,
         scheduler: Scheduler,
         metrics: Metrics,
         executor: Executor,
     ) -> None:
         self._options = options
         self._catalogue = catalogue
-        self._translator = OpTranslator(catalogue, translator)
+        self._limits = limits
         self._scheduler = scheduler
         self._metrics = metrics
         self._executor = executor
@@ -87,8 +88,15 @@ class SessionHandler:
         opening = await self._opening(context)
         if self._draining is not None:
             raise Fault(Reason.NOT_READY, "the server is shutting down", "", 1.0)
-        named = [self._catalogue.find(ref.name, ref.version, "open.models.").signature for ref in opening.open.models]
-        models = [(signature.name, signature.version) for signature in named]
+        kept = Kept(self._catalogue)
+        try:
+            await self._run(context, opening, kept)
+        finally:
+            kept.release()
+
+    async def _run(self, context: grpc.aio.ServicerContext, opening: pb.SessionRequest, kept: Kept) -> None:
+        named = [kept.find(ref.name, ref.version, "open.models.").signature for ref in opening.open.models]
+        models = [(signature.name, signature.id) for signature in named]
         options = self._options
         deadline = time.monotonic() + _OPENING
         pinned = await Pinned.open(self._scheduler, deadline, origin_of(context), models)
@@ -98,7 +106,7 @@ class SessionHandler:
                 pinned,
                 opening.open,
                 options,
-                self._translator,
+                OpTranslator(kept, Translator(kept, self._limits)),
                 self._scheduler,
                 self._metrics,
                 self._executor,

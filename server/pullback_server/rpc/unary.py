@@ -12,6 +12,7 @@ import grpc
 
 from pullback_server.faults import Fault
 from pullback_server.rpc import status
+from pullback_server.rpc.access import Metadata
 from pullback_server.rpc.origin import origin_of
 from pullback_server.scheduling import NOBODY, Origin
 from pullback_server.telemetry import Metrics
@@ -26,12 +27,13 @@ class Call:
 
     deadline: on the time.monotonic clock; the caller's, or the server's own longest.
     model: set by the handler as soon as it knows; a caller's word, so not fit for a label as it stands.
-    origin: whose call it is.
+    origin: whose call it is. metadata: tells what came along.
     """
 
     deadline: float
     model: str = ""
     origin: Origin = NOBODY
+    metadata: Callable[[], Metadata | None] = lambda: None
 
 
 Handler = Callable[[Method, bytes, Call], Awaitable[bytes]]
@@ -67,6 +69,7 @@ class Unary:
             result = b""
             try:
                 call.origin = origin_of(context)
+                call.metadata = context.invocation_metadata
                 result = await handler(method, data, call)
                 code = grpc.StatusCode.OK
             except asyncio.CancelledError:

@@ -32,6 +32,12 @@ class Costs:
         _learn(self._per_row, what, seconds / max(rows, 1))
         _learn(self._per_computation, what, seconds)
 
+    def forget(self, model: tuple[str, str]) -> None:
+        """Forgets what a model's jobs took, which are known by tuples that begin with its name and id."""
+        for known in (self._per_row, self._per_computation):
+            for what in [what for what in known if isinstance(what, tuple) and what[:2] == model]:
+                del known[what]
+
 
 def _learn(known: dict[Hashable, float], what: Hashable, found: float) -> None:
     # A first call is often slower than all that follow (libraries choose kernels, caches fill), and a slow estimate

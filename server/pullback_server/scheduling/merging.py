@@ -88,6 +88,12 @@ class MergeRules:
         self._refused.setdefault(model, why)
         return news
 
+    def forget(self, model: tuple[str, str]) -> None:
+        """Forgets a model that is no more, by its name and id."""
+        self._refused.pop(model, None)
+        for number in [number for number, (job, _, _) in self._seen.items() if (job.model, job.version) == model]:
+            del self._seen[number]
+
     def lane(self, job: Job, signature: Signature | None, *, alone: bool = False) -> tuple[Lane, int]:
         """Where a job waits, and its rows. alone: it must not be merged."""
         model = (job.model, job.version)

@@ -44,7 +44,7 @@ class Places:
 
         A dead one too: what is sent there fails at once, and says why.
         """
-        return worker.state is not WorkerState.READY or self.load(worker) < STAGED
+        return worker.state is not WorkerState.READY or (self.load(worker) < STAGED and not worker.busy_changing)
 
     def take(self, worker: Worker, cost: float) -> None:
         """A place is promised to something that computes for so many seconds."""
@@ -70,10 +70,16 @@ class Places:
         best: Worker | None = None
         least = (1, float("inf"), STAGED)
         for worker in self.holders(lane.model):
+            if worker.busy_changing:
+                continue
             load, cost = self.load(worker), self._cost[worker.name]
             # Of what it still computes for somebody who has gone, nothing is known.
             abandoned = worker.outstanding > self._reserved[worker.name]
-            if load >= STAGED or (load and (cost > _LONG or abandoned) and ticket.size < _LARGE):
+            if (
+                load >= STAGED
+                or worker.busy_changing
+                or (load and (cost > _LONG or abandoned) and ticket.size < _LARGE)
+            ):
                 continue
             if (busy := (int(abandoned), cost, load)) < least:
                 best, least = worker, busy

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class Scheduler:
         self._merging = MergeRules(policy.merge)
         self._places = Places(fleet)
         self._quarantine = Quarantine(policy.quarantine_seconds)
+        #: Calls in flight, by model and id.
+        self._in_flight: Counter[Hashable] = Counter()
         self._background: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         fleet.on_change = self._dispatch
@@ -84,9 +87,18 @@ class Scheduler:
         since = self._queue.oldest()
         return 0.0 if since is None else time.monotonic() - since
 
+    def in_flight(self, model: str, id: str) -> int:
+        """Calls for one version of a model that have not been answered, by its id."""
+        return self._in_flight[model, id]
+
+    def forget(self, model: str, id: str) -> None:
+        """Forgets what was learned of a model that is no more."""
+        self._costs.forget((model, id))
+        self._merging.forget((model, id))
+
     def unmerged(self, signature: Signature) -> str:
         """Why requests for a model are not merged, whatever its signature says; empty: nothing stands against it."""
-        return self._merging.why_not((signature.name, signature.version))
+        return self._merging.why_not((signature.name, signature.id))
 
     async def submit(
         self,
@@ -151,6 +163,7 @@ class Scheduler:
             pass
         admission.check(caller, ticket.job.model, size)
         admission.enter(caller, ticket.job.model, size)
+        self._in_flight[ticket.job.model, ticket.job.version] += 1
         ticket.inside = True
 
     def _make_room(self, caller: str | None) -> bool:
@@ -175,6 +188,11 @@ class Scheduler:
         if ticket.inside and ticket.model is not None:
             ticket.inside = False
             self._admission.leave(ticket.origin.caller, ticket.model, ticket.size)
+            assert ticket.job is not None
+            key = (ticket.job.model, ticket.job.version)
+            self._in_flight[key] -= 1
+            if not self._in_flight[key]:
+                del self._in_flight[key]
 
     async def sit(self, deadline: float, models: Sequence[tuple[str, str]] = ()) -> tuple[Worker, Seat]:
         """A session's place: on the worker that has the fewest, of those that hold the models.

@@ -20,6 +20,21 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
+class _Models(Collector):
+    """Read from the registry at each scrape."""
+
+    def __init__(self, states: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        versions = GaugeMetricFamily(
+            "pullback_model_versions", "Versions of each model by state.", labels=["model", "state"]
+        )
+        for labels, number in self._states().items():
+            versions.add_metric(labels, number)
+        yield versions
+
+
 class _Workers(Collector):
     """Read from the fleet at each scrape, not counted twice."""
 
@@ -147,6 +162,19 @@ class Metrics:
             ["model", "why"],
             registry=self.registry,
         )
+        self.model_loads = Counter(
+            "pullback_model_loads",
+            "Versions that were loaded from a repository or an upload, by model and outcome: ready or failed.",
+            ["model", "outcome"],
+            registry=self.registry,
+        )
+        self.model_load_seconds = Histogram(
+            "pullback_model_load_duration_seconds",
+            "Time that loading a version took: copying, checking in a process apart, loading on the workers.",
+            ["model"],
+            buckets=(0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600),
+            registry=self.registry,
+        )
         self.oldest = Gauge(
             "pullback_queue_age_seconds",
             "How long the call has waited for a worker that has waited longest.",
@@ -200,6 +228,7 @@ class Metrics:
         sessions: Callable[[], float],
         handles: Callable[[], float],
         retained: Callable[[], float],
+        versions: Callable[[], Mapping[tuple[str, str], int]],
     ) -> None:
         """Reads these at each scrape."""
         self.sessions.set_function(sessions)
@@ -209,3 +238,4 @@ class Metrics:
         self.oldest.set_function(oldest)
         self.bytes_in_flight.set_function(bytes_in_flight)
         self.registry.register(_Workers(workers, restarts, passed_over))
+        self.registry.register(_Models(versions))

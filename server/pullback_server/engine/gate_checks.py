@@ -1,0 +1,138 @@
+"""The checks of the gate, on one model."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+
+from pullback_server.engine.gate_elements import locate, number
+from pullback_server.engine.gate_slopes import Ask, Told, first_order, second_order, settle
+from pullback_server.engine.gate_state import Runs, check_state
+from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.probe import Ground
+from pullback_server.engine.trial import Compute, Failed, TooLong, Trial, double_precision
+
+#: Seconds of a VJP, and elements of all parameters, from which on one point must do; of the parameters those with the
+#: fewest elements are moved, up to so many in all.
+_SLOW, _LARGE, _MOVED = 0.5, 50_000_000, 5_000_000
+#: Elements of all parameters of which no copy in double precision is made.
+_HUGE = 500_000_000
+#: Seconds to find a wrong element in.
+_SEARCH = 5.0
+
+
+class Checks:
+    """The checks but for that of rows, in the order in which each tells what the next may rely on."""
+
+    def __init__(self, hosted: HostedModel, compute: Compute, ground: Ground, deadline: float) -> None:
+        self._hosted = hosted
+        self._compute = compute
+        self._ground = ground
+        self._deadline = deadline
+        self._late = f"took longer than {hosted.registration.gate.seconds:g} s"
+        self._elements = sum(parameter.numel() for parameter in hosted.parameters.values())
+
+    def __call__(self) -> dict[str, Told]:
+        """What came of each."""
+        determinism, purity = self._state()
+        found = {"determinism": determinism, "purity": purity}
+        if any(told.outcome == "failed" for told in found.values()):
+            blind = Told("skipped", "its calls do not give the same again, so that differences tell nothing")
+            return found | {"gradient": blind, "second": blind}
+        trial = self._trial()
+        if isinstance(trial, Told):
+            return found | {"gradient": trial, "second": trial}
+        found["gradient"] = self._gradient(trial)
+        found["second"] = self._second(trial)
+        return found
+
+    def _state(self) -> tuple[Told, Told]:
+        runs = None
+        try:
+            runs = Runs(self._hosted, self._compute, self._ground.variants[-1], self._deadline)
+            runs.time()
+            return check_state(runs)
+        except TooLong:
+            told = Told("skipped", self._late)
+        except Failed as failure:
+            told = Told("skipped", f"a sample's VJP fails: {failure}")
+        finally:
+            if runs is not None:
+                self._hosted.gradient_seconds = runs.gradient_seconds
+        return told, told
+
+    def _trial(self) -> Trial | Told:
+        """What derivatives are compared on: a copy in double precision, or the model itself."""
+        trial = Trial(self._hosted, self._compute, self._deadline, wide=False)
+        if self._elements <= _HUGE:
+            try:
+                wide = Trial(self._ground.twin(), self._compute, self._deadline)
+                with double_precision():
+                    wide.point(*self._ground.variants[0], 0)
+                trial = wide
+            except TooLong:
+                return Told("skipped", self._late)
+            # A model's own copying may raise anything, and its code may insist on its types.
+            except Exception:
+                pass
+        room = _MOVED if self._elements > _LARGE else self._elements
+        for name, parameter in sorted(trial.parameters.items(), key=lambda item: item[1].numel()):
+            room -= parameter.numel()
+            # Nothing can stand in for what its code keeps elsewhere.
+            if room < 0 or name in trial.hosted.kept or self._hosted.registration.abilities.parameters:
+                del trial.parameters[name]
+        return trial
+
+    def _settled(self, trial: Trial, ask: Ask) -> Told:
+        slow = self._hosted.gradient_seconds > _SLOW or self._elements > _LARGE
+        points = 1 if slow else self._hosted.registration.gate.points
+        with double_precision() if trial.wide else contextlib.nullcontext():
+            told = settle(trial, self._ground.variants, ask, points, self._late)
+            if told.wrong is not None:
+                told = replace(told, detail=self._told(trial, told))
+        return told
+
+    def _gradient(self, trial: Trial) -> Told:
+        told = self._settled(trial, first_order)
+        every = [name for name, own in self._hosted.parameters.items() if own.is_floating_point() or own.is_complex()]
+        if told.outcome == "passed" and len(trial.parameters) < len(every):
+            return replace(told, detail=f"{told.detail}; of {len(every)} parameters by {len(trial.parameters)}")
+        return told
+
+    def _second(self, trial: Trial) -> Told:
+        """Of code that is not torch's the probe has said what can be promised; there is nothing more to refuse."""
+        orders = self._hosted.orders
+        if self._ground.foreign:
+            return Told("passed" if orders.reverse != 1 else "noted", orders.evidence)
+        if not trial.wide:
+            return Told("skipped", "it does not compute in double precision, and differences would drown in rounding")
+        return self._settled(trial, second_order)
+
+    def _told(self, trial: Trial, told: Told) -> str:
+        """What is wrong with a derivative, in words."""
+        assert told.wrong is not None
+        point, question, found = told.wrong
+        if not question.gradients:
+            return (
+                f"its second derivative is not that of its gradient, {told.detail}: along {question.what} it is "
+                f"{number(question.expected)}, by central differences {number(found.difference)}"
+            )
+        trial.deadline = time.monotonic() + _SEARCH
+        try:
+            element = locate(trial, point, question, found.step)
+        except Failed:
+            return (
+                f"its gradient is not the derivative of its outputs, {told.detail}: along {question.what} it is "
+                f"{number(question.expected)}, by central differences {number(found.difference)}"
+            )
+        finally:
+            trial.deadline = self._deadline
+        place, _, name = element.name.partition(":")
+        what = "input" if place == "input" else "parameter"
+        at = f"element {element.index} of " if element.index else ""
+        return (
+            f"its gradient by the {what} {name!r} is not the derivative of its outputs, {told.detail}: {at}the "
+            f"gradient of a random combination of them is {number(element.analytical)}, and by central differences "
+            f"{number(element.numerical)}"
+        )

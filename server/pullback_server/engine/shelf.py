@@ -1,0 +1,89 @@
+"""What a worker loads after its start, and forgets again: the front says what, and what others found out about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from pullback_server.engine.boot import gated, limit_memory, told
+from pullback_server.engine.core import Engine
+from pullback_server.engine.records import cleaned, trace_of
+from pullback_server.engine.sources import forget, registration_of
+from pullback_server.hosting import Item, Registration
+from pullback_server.hosting.loading import LoadError
+from pullback_server.ipc.messages import Installed, NotInstalled
+from pullback_server.job import Signature, Verdict
+
+_log = logging.getLogger(__name__)
+
+
+class Shelf:
+    """The items of one worker.
+
+    known: what its sources register, for uploads that have the architecture of one of these.
+    allowance, gate: see `messages.Setup.memory_bytes` and `gate`.
+    """
+
+    def __init__(
+        self, engine: Engine, known: Mapping[tuple[str, str], Registration], allowance: int | None, gate: bool
+    ) -> None:
+        self._engine = engine
+        self._known = known
+        self._allowance = allowance
+        self._gate = gate
+        self._items: dict[tuple[str, str], Item] = {}
+
+    def load(self, number: int, item: Item, verdict: Verdict | None) -> Installed | NotInstalled:
+        """Loads an item, or says why not; then nothing is left of it."""
+        try:
+            signature = self._load(item, verdict)
+            return Installed(number, signature, self._engine.verdict(item.name, item.id))
+        # A model's code may raise anything, and may even exit; what served before goes on serving.
+        except (Exception, SystemExit) as error:
+            self._engine.unload(item.name, item.id)
+            forget(item)
+            text = str(error) if isinstance(error, LoadError) else f"{_owner(item)} does not load: {told(error)}"
+            return NotInstalled(number, cleaned(text), trace_of(error))
+        finally:
+            # Every process starts torch at one and the same seed; but two workers' dropout must differ.
+            torch.seed()
+            limit_memory(self._engine.device, self._allowance)
+
+    def _load(self, item: Item, verdict: Verdict | None) -> Signature:
+        limit_memory(self._engine.device, None)
+        signature = self._engine.load(gated(registration_of(item, self._known, self._engine.device), self._gate), verdict)
+        self._items[item.name, item.id] = item
+        return signature
+
+    def unload(self, model: str, id: str) -> None:
+        """Forgets a model; nothing happens where it is not there."""
+        item = self._items.pop((model, id), None)
+        if item is not None:
+            limit_memory(self._engine.device, None)
+            self._engine.unload(model, id)
+            forget(item)
+            limit_memory(self._engine.device, self._allowance)
+
+    def load_all(
+        self, items: Sequence[tuple[Item, Verdict | None]], begins: Callable[[Item], None]
+    ) -> tuple[list[Signature], list[tuple[str, str, str]]]:
+        """Loads several: their signatures, and what was not loaded and why, by model and id.
+
+        begins: called before each.
+        """
+        signatures, failed = [], []
+        for item, verdict in items:
+            begins(item)
+            found = self.load(0, item, verdict)
+            if isinstance(found, Installed):
+                signatures.append(found.signature)
+            else:
+                _log.error("%s\n%s", found.message, found.traceback)
+                failed.append((item.name, item.id, found.message))
+        return signatures, failed
+
+
+def _owner(item: Item) -> str:
+    return f"model {item.name!r} version {item.version}"

@@ -1,0 +1,130 @@
+"""A model repository: directories of models and their versions, on a local path or what fsspec reaches."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pullback_server.hosting.manifest import Manifest, RepositoryError, read_manifest
+from pullback_server.hosting.repository_contents import (
+    MANIFEST,
+    Contents,
+    Found,
+    Scan,
+    check_model,
+    contents_of,
+    found_in,
+)
+from pullback_server.hosting.repository_files import Listed, Tree, reach, shown_url
+from pullback_server.hosting.snapshot import LONGEST, NotSettled, Staged, stage, text_of
+
+__all__ = ["Found", "NoSuchModel", "NotSettled", "Repository", "RepositoryError", "Scan", "Staged"]
+
+_log = logging.getLogger(__name__)
+
+
+class NoSuchModel(RepositoryError):
+    """There is no directory of a model's name."""
+
+
+class Repository:
+    """Models at `url`: a local path, or what fsspec knows (s3://, gs://, memory://, ...). Methods block.
+
+    `storage_options` go to fsspec. Raises RepositoryError for an URL that nothing installed can read.
+    """
+
+    def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
+        self.url = shown_url(url).rstrip("/")
+        try:
+            self._files = reach(url, storage_options or {})
+        except Exception as error:
+            raise RepositoryError(f"{self.url}: no model repository: {error}") from error
+        #: Manifests that were read, or what is wrong with them, and the file's size and stamp then.
+        self._read: dict[str, tuple[Listed, Manifest | RepositoryError]] = {}
+
+    def check(self) -> None:
+        """Raises RepositoryError when the root is missing, no directory, or cannot be read. Warns when it is empty."""
+        try:
+            self._files.check()
+        except Exception as error:
+            raise self._unreadable(error) from error
+        if not self.scan().models:
+            _log.warning("%s: the model repository is empty", self.url)
+
+    def scan(self) -> Scan:
+        """What is there now. Of files, only new or changed manifests are read.
+
+        What is wrong with one model or version is told in the result. Raises RepositoryError when the repository
+        cannot be listed, which says nothing about its models.
+        """
+        try:
+            trees = self._files.models()
+        except Exception as error:
+            raise self._unreadable(error) from error
+        for name in [*self._read]:
+            if name not in trees:
+                self._read.pop(name, None)
+        return Scan({name: self._found(name, tree) for name, tree in sorted(trees.items())})
+
+    def look(self, name: str) -> Found:
+        """One model, as `scan` would tell of it. Raises NoSuchModel; RepositoryError when it cannot be listed."""
+        return self._look(name)[0]
+
+    def stage(self, name: str, version: str, into: Path) -> Staged:
+        """Copies a version, with what it shares with others, to the new directory `into`.
+
+        Raises RepositoryError for what cannot be used or copied (NotSettled: because it is being changed or not
+        complete), FileExistsError when there is something at `into`. No directory is then left behind.
+        """
+        # A manifest that was changed twice within one tick of the clock may not be the one that was read.
+        self._read.pop(name, None)
+        return stage(self._files, lambda: self._look(name), f"{self.url}/{name}", name, version, into)
+
+    def _look(self, name: str) -> tuple[Found, Contents]:
+        # The name may be a caller's.
+        check_model(f"{self.url}/{name}", name, Tree(files={MANIFEST: Listed(0, "")}))
+        try:
+            tree = self._files.model(name)
+        except FileNotFoundError:
+            raise NoSuchModel(f"{self.url} has no model {name!r}") from None
+        except Exception as error:
+            raise RepositoryError(f"{self.url}/{name}: cannot be read: {error}") from error
+        return self._found(name, tree), contents_of(tree)
+
+    def _found(self, name: str, tree: Tree) -> Found:
+        where = f"{self.url}/{name}"
+        try:
+            check_model(where, name, tree)
+            return found_in(where, name, tree, self._manifest(name, tree.files[MANIFEST]))
+        except RepositoryError as error:
+            return Found(name, error=error)
+
+    def _manifest(self, name: str, listed: Listed) -> Manifest:
+        before, kept = self._read.get(name, (None, None))
+        if kept is None or before != listed:
+            try:
+                kept = self._parsed(name)
+            except RepositoryError as error:
+                kept = error
+            self._read[name] = (listed, kept)
+        if isinstance(kept, RepositoryError):
+            raise kept
+        return kept
+
+    def _parsed(self, name: str) -> Manifest:
+        where = f"{self.url}/{name}/{MANIFEST}"
+        try:
+            with self._files.open(f"{name}/{MANIFEST}") as file:
+                raw = file.read(LONGEST)
+        except Exception as error:
+            raise RepositoryError(f"{where}: cannot be read: {error}") from error
+        return read_manifest(text_of(raw, where), where, name)
+
+    def _unreadable(self, error: Exception) -> RepositoryError:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, FileNotFoundError):
+            reason = "no such directory"
+        elif isinstance(error, NotADirectoryError):
+            reason = "not a directory"
+        return RepositoryError(f"{self.url}: the model repository cannot be read: {reason}")

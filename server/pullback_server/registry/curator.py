@@ -1,0 +1,276 @@
+"""Decides which versions should be served: by what the repository holds, and by what administrators ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pullback_server.faults import Fault, nearest
+from pullback_server.fleet.seam import LoadFailure, StartError
+from pullback_server.hosting.manifest import RepositoryError
+from pullback_server.hosting.repository import NoSuchModel, Repository
+from pullback_server.hosting.repository_watch import Change, Watch
+from pullback_server.registry.registry import Registry
+from pullback_server.registry.table import Table, VersionState
+from pullback_server.registry.uploads import Incoming, UploadStore
+from pullback_server.registry.versions import NotYet
+from pullback_wire import Reason
+
+logger = logging.getLogger(__name__)
+
+#: As Triton knows them: loaded at the start; changes are followed; only what is asked for.
+Mode = Literal["none", "poll", "explicit"]
+#: Seconds for which files must have been the same before they are looked at.
+_SETTLE = 2.0
+
+
+class Curator:
+    """See the module. Belongs to one event loop.
+
+    seconds: between looks at the repository, in mode "poll".
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        repository: Repository | None,
+        uploads: UploadStore | None,
+        mode: Mode,
+        seconds: float,
+        settle: float = _SETTLE,
+    ) -> None:
+        self._registry = registry
+        self._repository = repository
+        self._uploads = uploads
+        self._mode = mode
+        self._seconds = seconds
+        self._settle = settle
+        self._watch = Watch(settle)
+        self._following: asyncio.Task[None] | None = None
+        #: What is wrong with versions in the repository, as far as it was told.
+        self._told: dict[tuple[str, str], str] = {}
+        self.table: Table = registry.table
+
+    async def begin(self, wanted: Sequence[str], *, strict: bool) -> None:
+        """Loads what is to be served from the start on. Returns when that has been tried.
+
+        wanted: in mode "explicit": MODEL, or MODEL:VERSION.
+        strict: whether any of it may fail.
+
+        Raises StartError: the repository cannot be read; or, if strict, with everything that could not be loaded.
+        """
+        self._registry.begin()
+        problems: list[str] = []
+        if self._repository is not None:
+            try:
+                await asyncio.to_thread(self._repository.check)
+                problems += await self._first(self._repository, wanted)
+            except RepositoryError as error:
+                raise StartError(str(error)) from error
+        for name, number in [] if self._uploads is None else self._uploads.all():
+            try:
+                async with self._registry.alone_with(name, wait=True):
+                    await self._registry.load(name, number, uploaded=True)
+            except LoadFailure as failure:
+                problems.append(str(failure))
+        if problems and strict:
+            raise StartError("\n".join(problems))
+        if self._mode == "poll" and self._repository is not None:
+            self._following = asyncio.create_task(self._follow(self._repository), name="follow the repository")
+
+    async def close(self) -> None:
+        """Follows nothing any more, and loads nothing."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
+        await self._registry.close()
+
+    async def _first(self, repository: Repository, wanted: Sequence[str]) -> list[str]:
+        """Loads what is there at the start, and tells what could not be."""
+        if self._mode == "explicit":
+            problems = []
+            for one in wanted:
+                name, _, number = one.partition(":")
+                try:
+                    await self.load(name, number)
+                except Fault as fault:
+                    problems.append(fault.message)
+            return problems
+        problems = await self._see(repository, at_once=True)
+        # A version that gives way is told of when what replaces it is there.
+        return problems + await self._see(repository, at_once=True)
+
+    # Following the repository.
+
+    async def _follow(self, repository: Repository) -> None:
+        while True:
+            await asyncio.sleep(min(self._seconds, self._settle) if self._watch.unsettled else self._seconds)
+            try:
+                while await self._see(repository):
+                    pass
+            except RepositoryError as error:
+                # It says nothing about the models; what is served goes on being served.
+                logger.error("%s", error)
+            except Exception:
+                logger.exception("the repository cannot be followed for now")
+
+    async def _see(self, repository: Repository, *, at_once: bool = False) -> list[str]:
+        """One look at the repository, and what it asks for. Tells what was tried in vain. Raises RepositoryError."""
+        scan = await asyncio.to_thread(repository.scan)
+        failures = []
+        for change in self._watch.see(scan, time.monotonic(), at_once):
+            failure = await self._do(change)
+            if failure:
+                failures.append(failure)
+        return failures + self._tell(scan.problems())
+
+    async def _do(self, change: Change) -> str:
+        """Does what the repository asks for. Says why it could not be done; empty: it was."""
+        async with self._registry.alone_with(change.name, wait=True):
+            if change.kind == "remove":
+                self._registry.unload(change.name, change.version, "the repository has it no more, or others instead")
+                return ""
+            try:
+                await self._registry.load(change.name, change.version)
+            except LoadFailure as failure:
+                if isinstance(failure, NotYet) and self._mode == "poll":
+                    self._watch.retry(change)
+                else:
+                    self._watch.failed(change)
+                return str(failure)
+        return ""
+
+    def _tell(self, problems: Mapping[tuple[str, str], RepositoryError]) -> list[str]:
+        """Notes what is wrong in the repository, and what is not any more. Returns what is news."""
+        of_models: dict[str, list[str]] = {}
+        told = {}
+        for (name, number), problem in problems.items():
+            if number.isdecimal() and number == str(int(number)):
+                told[name, number] = str(problem)
+                self.table.note(name, number, VersionState.FAILED, str(problem))
+            else:
+                of_models.setdefault(name, []).append(str(problem))
+        for name, number in self._told.keys() - told.keys():
+            self.table.forgive(name, number, self._told[name, number])
+        news = [text for key, text in told.items() if self._told.get(key) != text]
+        self._told = told
+        whole = {name: "\n".join(texts) for name, texts in of_models.items()}
+        news += [text for name, text in whole.items() if self.table.faults.get(name) != text]
+        if whole != self.table.faults:
+            self.table.faults = whole
+        for text in news:
+            logger.error("%s", text)
+        return news
+
+    # What administrators ask for.
+
+    async def load(self, name: str, number: str) -> str:
+        """Loads a version anew, or for the first time; no number: those that the model's policy picks, and unloads the
+        others. Returns a version that was loaded.
+
+        Raises Fault: ADMIN_DISABLED, MODEL_NOT_FOUND, VERSION_NOT_FOUND, NOT_IN_REPOSITORY, LOAD_CONFLICT, LOAD_FAILED.
+        """
+        kept = self._uploads is not None and bool(number) and self._uploads.find(name, number) is not None
+        if not kept:
+            self._check_mode("LoadModel")
+            self._check_removable(name, number)
+        async with self._registry.alone_with(name):
+            try:
+                wanted = [number] if kept else await asyncio.to_thread(self._wanted, name, number)
+                for one in wanted:
+                    await self._registry.load(name, one, uploaded=kept)
+            except (LoadFailure, RepositoryError) as error:
+                raise Fault(Reason.LOAD_FAILED, str(error), "version" if number else "name") from error
+            if not number:
+                for other in self.table.versions(name):
+                    if other.origin == "repository" and other.number not in wanted:
+                        self._registry.unload(name, other.number, "the version policy picks others")
+        return wanted[-1]
+
+    def _wanted(self, name: str, number: str) -> list[str]:
+        """The versions to be loaded. Blocks. Raises Fault, RepositoryError."""
+        assert self._repository is not None
+        try:
+            found = self._repository.look(name)
+        except NoSuchModel as error:
+            raise Fault(Reason.MODEL_NOT_FOUND, str(error), "name") from error
+        if found.error is not None:
+            raise found.error
+        if number in found.problems:
+            raise found.problems[number]
+        assert found.manifest is not None
+        wanted = [number] if number in found.versions else [] if number else found.manifest.picked(found.versions)
+        if not wanted:
+            there = ", ".join(sorted(found.versions, key=int)) or "none"
+            if not number:
+                raise RepositoryError(f"the version policy of model {name!r} picks none; there are: {there}")
+            raise Fault(
+                Reason.VERSION_NOT_FOUND,
+                f"the repository has no version {number!r} of {name!r}; it has {there}",
+                "version",
+            )
+        return wanted
+
+    async def unload(self, name: str, number: str) -> None:
+        """Takes a version out of service; no number: all.
+
+        Raises Fault: ADMIN_DISABLED, MODEL_NOT_FOUND, VERSION_NOT_FOUND, NOT_IN_REPOSITORY, LOAD_CONFLICT.
+        """
+        known = {one.number: one for one in self.table.versions(name)}
+        if not known:
+            raise Fault(
+                Reason.MODEL_NOT_FOUND, f"no model is called {name!r}; {nearest(name, self.table.names())}", "name"
+            )
+        if number and number not in known:
+            raise Fault(
+                Reason.VERSION_NOT_FOUND,
+                f"model {name!r} has no version {number!r}; known: {', '.join(known)}",
+                "version",
+            )
+        chosen = [known[number]] if number else list(known.values())
+        if any(one.origin == "repository" for one in chosen):
+            self._check_mode("UnloadModel")
+        self._check_removable(name, number)
+        async with self._registry.alone_with(name):
+            for one in chosen:
+                if one.origin != "start":
+                    self._registry.unload(name, one.number, "an administrator asked for it")
+
+    def _check_mode(self, what: str) -> None:
+        if self._mode != "explicit" or self._repository is None:
+            mode = f"the mode is {self._mode!r}" if self._repository is not None else "there is no repository"
+            raise Fault(Reason.ADMIN_DISABLED, f"{what} needs a repository in mode 'explicit'; {mode}")
+
+    def _check_removable(self, name: str, number: str) -> None:
+        found = [one for one in self.table.versions(name) if not number or one.number == number]
+        if found and all(one.origin == "start" for one in found):
+            raise Fault(
+                Reason.NOT_IN_REPOSITORY,
+                f"model {name!r} comes from what the server was started with, which stays as it is; only what came "
+                "from a repository or an upload can be loaded or unloaded",
+                "name",
+            )
+
+    # Uploads.
+
+    def check_new(self, name: str, number: str) -> None:
+        """Raises Fault (VERSION_EXISTS)."""
+        found = self.table.find(name, number)
+        there = found is not None and found.state is not VersionState.FAILED
+        if there or (self._uploads is not None and self._uploads.find(name, number) is not None):
+            raise Fault(Reason.VERSION_EXISTS, f"model {name!r} has a version {number} already", "header.version")
+
+    def architecture(self, name: str, number: str) -> str:
+        """The version whose code a version runs: its own number, unless it was uploaded itself."""
+        found = self.table.find(name, number)
+        return found.architecture or number if found is not None else number
+
+    async def upload(self, name: str, number: str, architecture: str, incoming: Incoming) -> None:
+        """Makes a version of what was uploaded. Raises Fault (LOAD_CONFLICT, VERSION_EXISTS, ...), LoadFailure."""
+        assert self._uploads is not None
+        async with self._registry.alone_with(name):
+            self.check_new(name, number)
+            await self._registry.upload(name, number, architecture, incoming, self._uploads)

@@ -1,0 +1,210 @@
+"""Loads, replaces and unloads models while calls go on.
+
+A version that is loaded anew is another set of modules under another id. It is staged (copied, its digest taken),
+rehearsed (loaded and checked in a process apart) and installed (on the workers) before any call finds it. What bore
+its number before is found until then, computes what it was asked, and is forgotten when nobody uses it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from pullback_server.faults import Fault
+from pullback_server.fleet.seam import Fleet, LoadFailure
+from pullback_server.hosting.items import Item
+from pullback_server.registry.table import Origin, Table, Version, VersionState
+from pullback_server.registry.uploads import Incoming, UploadStore
+from pullback_server.registry.versions import Versions
+from pullback_server.scheduling import Scheduler
+from pullback_wire import Reason
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between looks whether somebody still uses what is to go.
+_LOOK_AGAIN = 0.02
+
+
+class Registry:
+    """The models of one server. Belongs to one event loop.
+
+    versions: where they come from. state: a folder of the server's own, for copies.
+    counted: told of every load: model, whether it succeeded, seconds.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        versions: Versions,
+        state: Path,
+        counted: Callable[[str, bool, float], None] = lambda model, good, seconds: None,
+    ) -> None:
+        self._fleet = fleet
+        self._scheduler = scheduler
+        self._sources = versions
+        self._state = state
+        self._counted = counted
+        self.table = Table(lambda: fleet.signatures)
+        self._busy: dict[str, asyncio.Lock] = {}
+        #: Copies of what is held, by model and id.
+        self._folders: dict[tuple[str, str], Path] = {}
+        self._copies = 0
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def begin(self) -> None:
+        """Takes in what the fleet holds from its start."""
+        for name, ids in self._fleet.signatures.items():
+            for signature in ids.values():
+                self.table.publish(name, Version(signature.version, VersionState.READY, origin="start"))
+
+    async def close(self) -> None:
+        """Waits no more for what is on its way out."""
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    @asynccontextmanager
+    async def alone_with(self, name: str, *, wait: bool = False) -> AsyncIterator[None]:
+        """While nobody else changes a model's versions.
+
+        wait: for whoever does now; else raises Fault (LOAD_CONFLICT).
+        """
+        lock = self._busy.setdefault(name, asyncio.Lock())
+        if lock.locked() and not wait:
+            raise Fault(
+                Reason.LOAD_CONFLICT, f"model {name!r} is being loaded or unloaded by somebody else just now", "name"
+            )
+        async with lock:
+            yield
+
+    # Loading. To be called by whoever is alone with the model.
+
+    async def load(self, name: str, number: str, *, uploaded: bool = False) -> Version:
+        """Loads a version, or loads it anew. uploaded: whether it is one that was uploaded before.
+
+        Raises LoadFailure; what served before goes on serving, and the reason is kept with the version.
+        """
+        async with self._noting(name, number, "upload" if uploaded else "repository"):
+            folder = self._fresh()
+            revision = self.table.next_revision(name, number)
+            try:
+                architecture = ""
+                if uploaded:
+                    item, architecture = await self._sources.stage_kept(name, number, revision, folder)
+                else:
+                    item = await self._sources.stage(name, number, revision, folder)
+                rehearsed = await self._fleet.rehearse(item)
+                await self._fleet.install(item, rehearsed)
+            except BaseException:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                raise
+            return self._publish(item, folder, architecture)
+
+    async def upload(
+        self, name: str, number: str, architecture: str, incoming: Incoming, store: UploadStore
+    ) -> Version:
+        """Makes a version of what was uploaded. architecture: the version that is loaded with these weights.
+
+        Raises LoadFailure, Fault (STORAGE_FULL, VERSION_EXISTS); then nothing is left of it.
+        """
+        async with self._noting(name, number, "upload"):
+            folder = self._fresh()
+            revision = self.table.next_revision(name, number)
+            kept: Path | None = None
+            try:
+                item = await self._sources.stage_upload(
+                    name, number, revision, architecture, incoming.weights, incoming.sha256, folder
+                )
+                rehearsed = await self._fleet.rehearse(item)
+                kept = await asyncio.to_thread(store.keep, incoming, name, number, architecture)
+                item = msgspec.structs.replace(item, weights=str(store.weights(kept)))
+                await self._fleet.install(item, rehearsed)
+            except BaseException:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                if kept is not None:
+                    await asyncio.to_thread(store.remove, kept)
+                raise
+            return self._publish(item, folder, architecture)
+
+    @asynccontextmanager
+    async def _noting(self, name: str, number: str, origin: Origin) -> AsyncIterator[None]:
+        began = time.monotonic()
+        before = self.table.find(name, number)
+        if before is not None and before.origin != origin and before.state is VersionState.READY:
+            where = {"start": "what the server was started with", "upload": "an upload", "repository": "the repository"}
+            raise LoadFailure(
+                f"two models are called {name!r} version {number}: one comes from {where[before.origin]}, the other "
+                f"from {where[origin]}"
+            )
+        self.table.note(name, number, VersionState.LOADING, "newer contents are being loaded" if before else "loading")
+        good = False
+        try:
+            yield
+            good = True
+        except LoadFailure as error:
+            self.table.note(name, number, VersionState.FAILED, str(error))
+            logger.error("model %r version %s cannot be loaded: %s", name, number, error)
+            raise
+        except BaseException as error:
+            self.table.note(name, number, VersionState.FAILED, f"loading was interrupted: {type(error).__name__}")
+            raise
+        finally:
+            self._counted(name, good, time.monotonic() - began)
+
+    def _fresh(self) -> Path:
+        self._copies += 1
+        return self._state / str(self._copies)
+
+    def _publish(self, item: Item, folder: Path, architecture: str) -> Version:
+        before = self.table.find(item.name, item.version)
+        origin: Origin = "upload" if architecture else "repository"
+        version = Version(item.version, VersionState.READY, "", item.revision, item.digest, origin, architecture)
+        self._folders[item.name, item.id] = folder
+        self.table.publish(item.name, version)
+        logger.info("model %r version %s is ready", item.name, version.id)
+        if before is not None and before.state is VersionState.READY:
+            self._let_go(item.name, before)
+        return version
+
+    # Unloading. To be called by whoever is alone with the model.
+
+    def unload(self, name: str, number: str, reason: str) -> None:
+        """Takes a version out of service; it is forgotten when nobody uses it any more.
+
+        Of one that could not be loaded the failure is forgotten.
+        """
+        version = self.table.withdraw(name, number, reason)
+        if version is not None:
+            logger.info("model %r version %s is unloaded: %s", name, version.id, reason)
+            self._let_go(name, version)
+        elif (found := self.table.find(name, number)) is not None and found.state is VersionState.FAILED:
+            self.table.forget(name, number)
+
+    def _let_go(self, name: str, version: Version) -> None:
+        task = asyncio.create_task(self._forget(name, version), name=f"unload {name} {version.id}")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _forget(self, name: str, version: Version) -> None:
+        id = version.id
+        while True:
+            if not (self._scheduler.in_flight(name, id) or self.table.holders(name, id)):
+                break
+            await asyncio.sleep(_LOOK_AGAIN)
+        try:
+            await self._fleet.uninstall(name, id)
+        except Exception:
+            logger.exception("model %r version %s cannot be unloaded", name, id)
+        self._scheduler.forget(name, id)
+        self.table.drop(name, version)
+        folder = self._folders.pop((name, id), None)
+        if folder is not None:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""Where versions come from: the repository, and what was uploaded."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from pullback_server.fleet.seam import LoadFailure
+from pullback_server.hosting.items import Item
+from pullback_server.hosting.manifest import RepositoryError
+from pullback_server.hosting.repository import NotSettled, Repository
+from pullback_server.registry.uploads import UploadStore
+
+
+class NotYet(LoadFailure):
+    """A version that is being changed just now."""
+
+
+class Versions:
+    """Stages versions: makes items of them, whose files are this server's own.
+
+    registered: whether the server's start registers a model of this name and version.
+    """
+
+    def __init__(
+        self, repository: Repository | None, uploads: UploadStore | None, registered: Callable[[str, str], bool]
+    ) -> None:
+        self._repository = repository
+        self._uploads = uploads
+        self._registered = registered
+
+    async def stage_kept(self, name: str, number: str, revision: int, folder: Path) -> tuple[Item, str]:
+        """The item of a version that was uploaded, and its architecture. Raises LoadFailure."""
+        kept = None if self._uploads is None else self._uploads.find(name, number)
+        if kept is None or self._uploads is None:
+            raise LoadFailure(f"model {name!r} has no uploaded version {number}")
+        try:
+            record = await asyncio.to_thread(self._uploads.record, kept)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise LoadFailure(f"model {name!r} version {number}: its record cannot be read: {error}") from error
+        item = await self.stage_upload(
+            name,
+            number,
+            revision,
+            record.architecture,
+            self._uploads.weights(kept),
+            bytes.fromhex(record.sha256),
+            folder,
+        )
+        return item, record.architecture
+
+    async def stage(self, name: str, number: str, revision: int, folder: Path) -> Item:
+        """The item of a version in the repository, with its files in a folder that this makes.
+
+        Raises LoadFailure; NotYet where another try may succeed.
+        """
+        if self._repository is None:
+            raise LoadFailure(f"model {name!r} has no version {number}: there is no repository")
+        try:
+            staged = await asyncio.to_thread(self._repository.stage, name, number, folder)
+        except NotSettled as error:
+            raise NotYet(str(error)) from error
+        except RepositoryError as error:
+            raise LoadFailure(str(error)) from error
+        return Item(name, number, revision, str(staged.directory), staged.manifest.model_dump_json(), staged.digest)
+
+    async def stage_upload(
+        self,
+        name: str,
+        number: str,
+        revision: int,
+        architecture: str,
+        weights: Path,
+        sha256: bytes,
+        folder: Path,
+    ) -> Item:
+        """The item of uploaded weights.
+
+        architecture: the version whose code it has.
+
+        Raises LoadFailure.
+        """
+        if self._registered(name, architecture):
+            digest, base = sha256.hex(), (name, architecture)
+            return Item(name, number, revision, "", "", digest, str(weights), base)
+        if self._repository is None:
+            raise LoadFailure(
+                f"model {name!r} version {number}: its architecture, version {architecture}, is not there"
+            )
+        try:
+            copy = await asyncio.to_thread(self._repository.stage, name, architecture, folder)
+        except RepositoryError as error:
+            raise LoadFailure(f"model {name!r} version {number}: its architecture: {error}") from error
+        digest = hashlib.sha256(f"{copy.digest} {sha256.hex()}".encode()).hexdigest()
+        manifest = copy.manifest.model_dump_json()
+        return Item(name, number, revision, str(copy.directory), manifest, digest, str(weights))

@@ -1,0 +1,142 @@
+"""ModelService.UploadWeights: safetensors, streamed, become a new version of an architecture that is registered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+
+from pullback_server.faults import Fault
+from pullback_server.fleet.seam import LoadFailure
+from pullback_server.registry import Curator, UploadStore
+from pullback_server.rpc import status
+from pullback_server.rpc.access import Access
+from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.telemetry import Metrics
+from pullback_wire import Reason, WireError, decode
+from pullback_wire.v1 import model_service_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a caller may keep silent between two parts.
+_SILENCE = 60.0
+_NAME = "UploadWeights"
+
+
+class UploadHandler:
+    """Takes uploads. store: where they are kept; None: there are none."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        curator: Curator,
+        store: UploadStore | None,
+        access: Access,
+        metrics: Metrics,
+    ) -> None:
+        self._catalogue = catalogue
+        self._curator = curator
+        self._store = store
+        self._access = access
+        self._metrics = metrics
+
+    def method_handler(self) -> grpc.RpcMethodHandler:
+        """The gRPC handler. No (de)serialisers, as in `unary`."""
+        return grpc.stream_unary_rpc_method_handler(self._serve)
+
+    async def _serve(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        began = time.monotonic()
+        in_flight = self._metrics.in_flight.labels(_NAME)
+        in_flight.inc()
+        code = grpc.StatusCode.CANCELLED
+        fault: Fault | None = None
+        answer, model = b"", ""
+        try:
+            header = await self._header(context)
+            model = header.model
+            answer = await self._upload(header, context)
+            code = grpc.StatusCode.OK
+        except asyncio.CancelledError:
+            raise
+        except Fault as error:
+            fault = error
+        except LoadFailure as error:
+            fault = Fault(Reason.LOAD_FAILED, str(error))
+        except WireError as error:
+            fault = status.as_fault(error)
+        except Exception as error:
+            logger.error("an upload failed inside the server", exc_info=error)
+            fault = Fault(Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log has the details")
+        finally:
+            if fault is not None:
+                code = status.grpc_code(fault.reason)
+            in_flight.dec()
+            self._metrics.call(_NAME, self._catalogue.label(model), code.name, time.monotonic() - began)
+        if fault is not None:
+            await context.abort(code, status.clip(fault.message), ((status.DETAILS_KEY, status.details(fault)),))
+        return answer
+
+    async def _header(self, context: grpc.aio.ServicerContext) -> pb.UploadHeader:
+        part = await self._part(context)
+        if part is None or part.WhichOneof("part") != "header":
+            raise Fault(Reason.MALFORMED_REQUEST, "the first part of an upload is its header", "header")
+        return part.header
+
+    async def _upload(self, header: pb.UploadHeader, context: grpc.aio.ServicerContext) -> bytes:
+        who = self._access.check(context.invocation_metadata() or (), "upload", header.model)
+        store = self._store
+        if store is None:
+            raise Fault(Reason.ADMIN_DISABLED, "this server takes no uploads (it was started without --uploads)")
+        architecture = self._architecture(header)
+        _check_header(header)
+        self._curator.check_new(header.model, header.version)
+        incoming = await asyncio.to_thread(store.begin, header.size_bytes, header.sha256)
+        try:
+            while (part := await self._part(context)) is not None:
+                if part.WhichOneof("part") != "data":
+                    raise Fault(Reason.MALFORMED_REQUEST, "after its header an upload has data alone", "data")
+                self._metrics.received_bytes.labels(_NAME).inc(len(part.data))
+                await incoming.write(part.data)
+            await incoming.finish()
+            logger.info("key %r uploaded version %s of model %r", who, header.version, header.model)
+            await self._curator.upload(header.model, header.version, architecture, incoming)
+        finally:
+            # Also what a cancelled caller leaves; of what was kept there is nothing here any more.
+            await asyncio.shield(asyncio.to_thread(incoming.discard))
+        model = self._catalogue.describe_any(header.model, header.version, parameters=True)
+        return pb.UploadWeightsResponse(model=model).SerializeToString()
+
+    def _architecture(self, header: pb.UploadHeader) -> str:
+        """The version whose architecture is meant."""
+        signature = self._catalogue.find(header.model, header.architecture_version, "header.").signature
+        return self._curator.architecture(signature.name, signature.version)
+
+    async def _part(self, context: grpc.aio.ServicerContext) -> pb.UploadWeightsRequest | None:
+        """The next part; None when there is none."""
+        try:
+            async with asyncio.timeout(_SILENCE):
+                data = await context.read()
+        except TimeoutError:
+            raise Fault(Reason.DEADLINE_EXCEEDED, f"nothing came for {_SILENCE:g} s") from None
+        if data is grpc.aio.EOF:
+            return None
+        part, _ = decode(pb.UploadWeightsRequest, data)
+        return part
+
+
+def _check_header(header: pb.UploadHeader) -> None:
+    """Raises Fault (BAD_UPLOAD)."""
+    number = header.version
+    if not (number.isascii() and number.isdecimal()) or number != str(int(number)) or int(number) < 1:
+        raise Fault(Reason.BAD_UPLOAD, f"version is {number!r}, expected a number, 1 or more", "header.version")
+    if header.size_bytes < 8:
+        raise Fault(
+            Reason.BAD_UPLOAD,
+            f"size_bytes is {header.size_bytes}, no safetensors file is as short",
+            "header.size_bytes",
+        )
+    if len(header.sha256) != 32:
+        raise Fault(Reason.BAD_UPLOAD, f"sha256 has {len(header.sha256)} bytes, expected 32", "header.sha256")
