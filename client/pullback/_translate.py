@@ -18,6 +18,8 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _TOO_LARGE = re.compile(r"(CLIENT|SERVER): (Received|Sent) message larger than max \((\d+) vs\. (\d+)\)")
 #: The same from versions that do not say who speaks.
 _TOO_LARGE_SOMEWHERE = "message larger than max"
+#: How gRPC itself begins to say that it found no server to send a call to.
+_NO_CONNECTION = ("failed to connect to all addresses", "DNS resolution failed")
 
 
 def from_rpc_error(error: Any, what: str, target: str, timeout: float | None) -> errors.PullbackError:
@@ -42,6 +44,14 @@ def from_rpc_error(error: Any, what: str, target: str, timeout: float | None) ->
     elif code == errors.Unimplemented.default_code:
         message = f"{target} does not offer this call ({message}): is it a Pullback server, and as new as this client?"
     return _make(code, "", f"{what}: {message or error.code().name}")
+
+
+def never_connected(error: errors.PullbackError) -> bool:
+    """Whether a call failed before anything of it was sent. False where that is not known."""
+    if not isinstance(error, errors.Unavailable) or error.reason:
+        return False
+    details = getattr(error.__cause__, "details", None)
+    return details is not None and (details() or "").startswith(_NO_CONNECTION)
 
 
 def from_status(code: int, message: str, details: Iterable[AnyMessage]) -> errors.PullbackError:

@@ -1,11 +1,11 @@
-"""One unary call from message to message: framing, deadline, retries, errors. Every call is pure."""
+"""One call from message to message: framing, deadline, retries, errors."""
 
 from __future__ import annotations
 
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from google.protobuf.message import Message
@@ -14,7 +14,7 @@ from pullback import errors
 from pullback._channel import Address, ForkAwareChannel
 from pullback._fork import gate
 from pullback._retry import RetryPolicy
-from pullback._translate import from_rpc_error
+from pullback._translate import from_rpc_error, never_connected
 from pullback_wire import Method, WireError, decode, encode
 from pullback_wire.framing import Buffer
 
@@ -79,10 +79,12 @@ class Transport:
         response: type[M],
         what: str,
         timeout: float | None,
+        *,
+        pure: bool = True,
     ) -> tuple[M, Sequence[memoryview]]:
         """The parsed answer, and views of its payloads.
 
-        what: names the call in errors, e.g. "model 'square': vjp"; timeout: None: the default.
+        what: names the call in errors, e.g. "model 'square': vjp"; timeout: None: the default; pure: see `send`.
 
         Raises PullbackError.
         """
@@ -93,7 +95,11 @@ class Transport:
                 f"{what}: the request has {size:,} bytes, this client's limit (max_message_bytes of pullback.connect) "
                 f"is {self.address.max_message_bytes:,}"
             )
-        answer = self.send(method.path, encode(header, payloads), what, timeout)
+        answer = self.send(method.path, encode(header, payloads), what, timeout, pure=pure)
+        return self.read(response, answer, what)
+
+    def read(self, response: type[M], answer: bytes, what: str) -> tuple[M, Sequence[memoryview]]:
+        """An answer, parsed, and views of its payloads. Raises ProtocolError."""
         try:
             return decode(response, answer)
         except WireError as error:
@@ -101,11 +107,48 @@ class Transport:
                 f"{what}: {self.address.target} answered what cannot be read: {error}"
             ) from error
 
-    def send(self, path: str, data: bytes, what: str, timeout: float | None, attempts: int | None = None) -> bytes:
-        """The bytes of the answer to `data`; attempts: how many there are at most, where it is not the policy's to say.
+    def send(
+        self, path: str, data: bytes, what: str, timeout: float | None, attempts: int | None = None, pure: bool = True
+    ) -> bytes:
+        """The bytes of the answer to `data`.
+
+        attempts: how many there are at most, where it is not the policy's to say.
+        pure: False: it changes something, so it is made again only after attempts that did not reach a server.
 
         Raises PullbackError: the last attempt's, when none succeeded.
         """
+
+        def make(left: float | None) -> bytes:
+            # Blocking, and not through a future: that takes a thread switch more. An exception that arrives
+            # meanwhile, such as KeyboardInterrupt, cancels the call.
+            return self._channel.unary(path)(data, timeout=left, metadata=self.address.metadata)
+
+        return self._persist(make, what, timeout, attempts, pure)
+
+    def upload(self, path: str, send: Callable[[Any], bytes], what: str, timeout: float | None) -> bytes:
+        """The bytes of the answer to a stream, which is not pure.
+
+        send: makes one attempt, given a function that begins the call with an iterator of bytes and returns gRPC's
+            call object; returns the answer.
+
+        Raises PullbackError.
+        """
+
+        def make(left: float | None) -> bytes:
+            method = self._channel.channel().stream_unary(path, request_serializer=None, response_deserializer=None)
+            return send(lambda parts: method.future(parts, timeout=left, metadata=self.address.metadata))
+
+        return self._persist(make, what, timeout, None, False)
+
+    def _persist(
+        self,
+        make: Callable[[float | None], bytes],
+        what: str,
+        timeout: float | None,
+        attempts: int | None,
+        pure: bool,
+    ) -> bytes:
+        """What `make`, given the seconds that are left, returns at last."""
         check_timeout(timeout)
         limit = self.timeout if timeout is None else timeout
         if limit is not None and limit > _LONGEST:
@@ -115,16 +158,17 @@ class Transport:
         while True:
             attempt += 1
             try:
-                return self._attempt(path, data, what, limit, end)
+                return self._attempt(make, what, limit, end)
             except errors.PullbackError as error:
-                pause = None if attempt == attempts else self.retry.pause(error, attempt)
+                again = attempt != attempts and (pure or never_connected(error))
+                pause = self.retry.pause(error, attempt) if again else None
                 if pause is None or time.monotonic() + pause >= end:
                     raise
             time.sleep(pause)
             if self._channel.closed:
                 raise self._is_closed(what)
 
-    def _attempt(self, path: str, data: bytes, what: str, limit: float | None, end: float) -> bytes:
+    def _attempt(self, make: Callable[[float | None], bytes], what: str, limit: float | None, end: float) -> bytes:
         if self._channel.closed:
             raise self._is_closed(what)
         # The gate is around the imports too: one that is under way would hang a child forked meanwhile.
@@ -133,9 +177,7 @@ class Transport:
 
             left = None if limit is None else max(end - time.monotonic(), 0.0)
             try:
-                # Blocking, and not through a future: that takes a thread switch more. An exception that arrives
-                # meanwhile, such as KeyboardInterrupt, cancels the call.
-                return self._channel.unary(path)(data, timeout=left, metadata=self.address.metadata)
+                return make(left)
             except grpc.RpcError as error:
                 if self._channel.closed:
                     raise self._is_closed(what) from error

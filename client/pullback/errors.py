@@ -4,13 +4,17 @@
       InvalidArgument (ValueError)       MalformedRequest BadTensor BadName BadCotangent ValueOutOfRange BadOption
                                          MissingCotangent (RuntimeError too, as in torch) ResultTooLarge
                                          ComplexUnsupported BadHandle BadOperand (RuntimeError too, as in torch)
+                                         BadUpload
       NotFound (LookupError)             ModelNotFound VersionNotFound LossNotFound OperationNotFound
       FailedPrecondition (RuntimeError)  NotDifferentiable UnusedInput GraphFreed OrderUnavailable UnsupportedByModel
                                          ModifiedInPlace NotOnSessionWorker DependencyFailed Quarantined
+                                         LoadFailed NotInRepository
+      AlreadyExists (FileExistsError)    VersionExists
       ResourceExhausted (RuntimeError)   Overloaded OutOfMemory (MemoryError too) SessionBudgetExceeded MessageTooLarge
+                                         StorageFull (OSError too)
       InternalError (RuntimeError)       ModelError ProtocolError
       Unavailable (ConnectionError)      NotReady WorkerLost
-      Aborted (RuntimeError)             SessionLost
+      Aborted (RuntimeError)             SessionLost LoadConflict
       DeadlineExceeded (TimeoutError)    HardTimeout
       PermissionDenied (PermissionError) AdminDisabled
       Unauthenticated (PermissionError)
@@ -106,6 +110,12 @@ class FailedPrecondition(PullbackError, RuntimeError):
     default_code = Code.FAILED_PRECONDITION
 
 
+class AlreadyExists(PullbackError, FileExistsError):
+    """There is something of that name already."""
+
+    default_code = Code.ALREADY_EXISTS
+
+
 class ResourceExhausted(PullbackError, RuntimeError):
     """Something does not suffice: memory, queue, quota."""
 
@@ -139,15 +149,17 @@ class DeadlineExceeded(PullbackError, TimeoutError):
 
 
 class PermissionDenied(PullbackError, PermissionError):
-    """The caller may not do this."""
+    """The caller may not do this: the key does not give the right to."""
 
     default_code = Code.PERMISSION_DENIED
+    cause: ClassVar[Reason | None] = Reason.PERMISSION_DENIED
 
 
 class Unauthenticated(PullbackError, PermissionError):
-    """The server does not know who is calling."""
+    """The server does not know who is calling: no key was given to `connect`, or one that it does not know."""
 
     default_code = Code.UNAUTHENTICATED
+    cause = Reason.UNAUTHENTICATED
 
 
 class Unimplemented(PullbackError, NotImplementedError):
@@ -373,6 +385,42 @@ class AdminDisabled(PermissionDenied):
     cause = Reason.ADMIN_DISABLED
 
 
+class LoadFailed(FailedPrecondition):
+    """The version cannot be loaded, for the reason in the message; what served before goes on serving."""
+
+    cause = Reason.LOAD_FAILED
+
+
+class LoadConflict(Aborted):
+    """Another load, unload or upload of the same model is under way."""
+
+    cause = Reason.LOAD_CONFLICT
+
+
+class NotInRepository(FailedPrecondition):
+    """The model comes from what the server was started with, which can neither be loaded anew nor unloaded."""
+
+    cause = Reason.NOT_IN_REPOSITORY
+
+
+class BadUpload(InvalidArgument):
+    """What was uploaded is not what was announced, no safetensors file, or too large."""
+
+    cause = Reason.BAD_UPLOAD
+
+
+class VersionExists(AlreadyExists):
+    """The version that was to be uploaded is there already."""
+
+    cause = Reason.VERSION_EXISTS
+
+
+class StorageFull(ResourceExhausted, OSError):
+    """The server's disk has no room for an upload."""
+
+    cause = Reason.STORAGE_FULL
+
+
 class ClientClosed(Cancelled):
     """The client was closed before the call."""
 
@@ -391,6 +439,7 @@ BY_CODE: dict[int, type[PullbackError]] = {
         InvalidArgument,
         NotFound,
         FailedPrecondition,
+        AlreadyExists,
         ResourceExhausted,
         InternalError,
         Unavailable,

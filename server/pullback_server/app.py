@@ -148,7 +148,14 @@ class App:
 
         versions = Versions(repository, self._uploads, registered)
         registry = Registry(self._fleet, scheduler, versions, self._state.path, counted)
-        return Curator(registry, repository, self._uploads, config.repository_mode, config.repository_poll_seconds)
+        return Curator(
+            registry,
+            repository,
+            self._uploads,
+            config.repository_mode,
+            config.repository_poll_seconds,
+            config.repository_settle_seconds,
+        )
 
     async def _beat(self) -> None:
         while True:

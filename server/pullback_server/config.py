@@ -37,6 +37,11 @@ class Config(BaseSettings):
         "--load-model and LoadModel name is loaded",
     )
     repository_poll_seconds: float = Field(15.0, gt=0, description="seconds between looks, in mode poll")
+    repository_settle_seconds: float = Field(
+        2.0,
+        ge=0,
+        description="for how long a version's files must have been the same before it is loaded, in mode poll",
+    )
     repository_options: dict[str, Any] = Field(
         default_factory=dict, description="JSON: options of fsspec for the repository, e.g. of s3fs"
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pullback_server import spec
+from pullback_server import Gate, spec
 from pullback_server.engine import merged
 from pullback_server.engine.batches import BatchResult
 from pullback_server.engine.results import EngineResult
@@ -601,7 +601,11 @@ def test_pieces_that_do_not_add_up() -> None:
 
     def hosts(**options: Any) -> Any:
         return jobs.host_factory(
-            Clipped, inputs={"x": spec("float64", ["n", 3])}, batch_axis=0, options=Options(**options)
+            Clipped,
+            inputs={"x": spec("float64", ["n", 3])},
+            batch_axis=0,
+            options=Options(**options),
+            gate=Gate(intended={"gradient": "clipped"}),
         )
 
     host, whole = hosts(micro_batch=3), hosts()

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pullback_server import spec
+from pullback_server import Gate, spec
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.hosting.options import Options
@@ -484,7 +484,8 @@ def test_hooks_on_the_parameters_of_a_module_that_was_built_already() -> None:
     model.weight.register_hook(lambda g: g * 3)
     model.bias.requires_grad_(False)
     x, v, t = real(4, 3), real(4, 2), real(4, 3)
-    h = host(model, Options(), inputs={"input": spec("float64", ["b", 3])})
+    gate = Gate(intended={"gradient": "a hook on its weight"})
+    h = host(model, Options(), inputs={"input": spec("float64", ["b", 3])}, gate=gate)
     reply = h("vjp", "f", {"input": x}, wrt=["param:weight", "input"], cotangents={"output": v})
     close(reply.grads["param:weight"], 3 * v.T @ x)
     close(reply.grads["input"], v @ model.weight.detach())

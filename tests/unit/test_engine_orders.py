@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pullback_server import spec
+from pullback_server import Gate, spec
 from pullback_server.faults import Fault
 from pullback_server.hosting.loading import load_source
 from pullback_wire import Reason
@@ -339,6 +339,7 @@ def test_j_is_the_same_in_a_jvp_as_in_a_vjp(function: Any, slope: Any) -> None:
 
 def test_hooks_are_unproven_code_too() -> None:
     x, v, t = real(4), real(4), real(4)
+    own = Gate(intended={"gradient": "what hooks make of it"})
 
     def function(x: Tensor) -> Tensor:
         y = x**2
@@ -347,10 +348,10 @@ def test_hooks_are_unproven_code_too() -> None:
         return y.sin()
 
     for inputs in ({}, DECLARED):
-        host = jobs.host_function(function, inputs=inputs)
+        host = jobs.host_function(function, inputs=inputs, gate=own)
         with jobs.refused(Reason.ORDER_UNAVAILABLE, "hook"):
             hvp(host, x, v, t)
-    host = jobs.host_function(hooked, inputs=DECLARED)
+    host = jobs.host_function(hooked, inputs=DECLARED, gate=own)
     close(hvp(host, x, v, t), torch.zeros(4, dtype=torch.float64))
 
 

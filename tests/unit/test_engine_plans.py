@@ -15,7 +15,7 @@ from tests.unit.engine_jobs import Host, refused
 from tests.unit.tape_jobs import F64, Session, close, factory, real
 from torch import nn
 
-from pullback_server import spec
+from pullback_server import Gate, spec
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.plan import Plan, Variant
 from pullback_server.hosting import Registration
@@ -29,6 +29,10 @@ DECLARED = {"x": spec("float64", ["b", 3])}
 
 def options(*rows: int, **more: Any) -> Options:
     return Options(compile=Compile(rows=rows), **more)
+
+
+#: For backwards that are not the derivatives of their forwards.
+OWN = Gate(intended={"gradient": "its own"})
 
 
 def host(target: Callable[..., Any], *rows: int, kind: str = "function", **more: Any) -> tuple[Host, HostedModel]:
@@ -158,7 +162,7 @@ def check_penalised(h: Host, ran: list[frozenset[str]]) -> None:
 
 
 def test_a_plan_is_for_gradients_of_all_that_it_returns(ran: list[frozenset[str]]) -> None:
-    h, model = host(penalised, options=Options())
+    h, model = host(penalised, options=Options(), gate=OWN)
     # As compiled code does: what is not pulled is pulled by zero.
     planned(model, lambda x: {key: out + 0 for key, out in penalised(x).items()}, "y", "aux")
     check_penalised(h, ran)
@@ -275,7 +279,7 @@ def branches(x: Tensor) -> Tensor:
 )
 def test_a_model_without_a_plan_is_served(code: Any, more: Any, why: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        h, model = host(code, 2, **more)
+        h, model = host(code, 2, **({"gate": OWN} | more))
     assert model.plans is None and model.plan.startswith("refused: ") and why in model.plan, model.plan
     assert "its compiled plan is refused" in caplog.text
     name = next(iter(model.binding.names))
@@ -339,7 +343,7 @@ def test_a_backward_of_ones_own_is_right_or_the_plan_is_refused(function: Any, r
     def code(x: Tensor) -> Any:
         return function.apply(x.sin() * 2).exp()
 
-    h, model = host(code, 2)
+    h, model = host(code, 2, gate=OWN)
     ran.clear()
     x, v = real(2, 3), real(2, 3)
     a = x.clone().requires_grad_()
@@ -363,7 +367,7 @@ def test_what_does_not_depend_on_an_input_is_told_from_what_is_zero(ran: list[fr
 
 @pytest.mark.slow
 def test_an_output_that_is_not_pulled_is_not_pulled_by_zero(ran: list[frozenset[str]]) -> None:
-    h, model = host(penalised, 2)
+    h, model = host(penalised, 2, gate=OWN)
     assert model.plans is not None, model.plan
     check_penalised(h, ran)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pullback_server import spec
+from pullback_server import Gate, spec
 from pullback_server.engine import Engine
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
@@ -36,6 +36,10 @@ IMAGES = {"x": spec("float32", ["n", 3, 8, 8])}
 SEQUENCES = {"x": spec("float32", ["n", 5, 8])}
 MASKED = {"x": spec("float32", ["n", 5, 8]), "mask": spec("bool", ["n", 5])}
 WORDS = {"ids": spec("int64", ["n", 5], low=0, high=9)}
+
+
+#: What these models do to gradients is another matter.
+OFF = Gate(enabled=False)
 
 
 def load(target: Any, inputs: Any, axis: int | None = 0, **more: Any) -> Signature:
@@ -338,12 +342,12 @@ class WithMask(nn.Module):
 def test_dependent(name: str) -> None:
     target, inputs, what = REFUSED[name]
     with pytest.raises(LoadError) as caught:
-        load(target, inputs)
+        load(target, inputs, gate=OFF)
     text = str(caught.value)
     assert text.startswith("model 'm' declares batch_axis=0, but its rows depend on each other: "), text
     assert text.endswith("; leave batch_axis out") and what in text, text
     # Not declared, it does no harm.
-    assert load(target, inputs, axis=None).batch.max_rows == 0
+    assert load(target, inputs, axis=None, gate=OFF).batch.max_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -434,7 +438,7 @@ ADDITIVE: dict[str, tuple[Any, Any, bool]] = {
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_additive(name: str) -> None:
     target, inputs, additive = ADDITIVE[name]
-    host = jobs.host_factory(target, inputs=inputs, batch_axis=0, options=Options(micro_batch=2))
+    host = jobs.host_factory(target, inputs=inputs, batch_axis=0, options=Options(micro_batch=2), gate=OFF)
     hosted = host.engine.find("f", "1")
     told = "gradients by parameters are always computed in one: that by" in hosted.batch.evidence
     assert (hosted.additive, told) == (additive, not additive), hosted.batch.evidence
@@ -476,7 +480,7 @@ def test_randomness_is_no_error() -> None:
         return x * len(calls)
 
     assert "random" in load(noisy, PLAIN).batch.evidence
-    assert "each time" in load(changing, PLAIN).batch.evidence
+    assert "each time" in load(changing, PLAIN, gate=OFF).batch.evidence
 
 
 def test_options() -> None:

@@ -217,10 +217,22 @@ def test_a_pickle_is_refused_with_the_reason_and_the_way_out() -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    told = problems(
-        "nam = 'x'\nname = 'other'\n[options]\nmicro_batch = 0\nreplicas = 0\n"
-        "batching = { max_rows = 0, max_bytes = 0 }\n[gate]\npoints = 0\nseconds = 0\n[inputs.x]\ndtype = 'a'\n[inputs.y]\nshape = [-1]"
-    )
+    text = """
+        nam = 'x'
+        name = 'other'
+        [options]
+        micro_batch = 0
+        replicas = 0
+        batching = { max_rows = 0, max_bytes = 0 }
+        [gate]
+        points = 0
+        seconds = 0
+        [inputs.x]
+        dtype = 'a'
+        [inputs.y]
+        shape = [-1]
+    """
+    told = problems(text)
     assert len(told) == 10
 
 

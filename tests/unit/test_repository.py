@@ -6,10 +6,11 @@ import hashlib
 import logging
 import os
 import subprocess
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -19,8 +20,6 @@ from safetensors.numpy import save_file
 
 from pullback_server.hosting.repository import Found, NotSettled, Repository, RepositoryError, Scan
 from pullback_server.hosting.repository_watch import Change, Watch
-
-Write = Callable[[str, "str | bytes"], None]
 
 
 @pytest.fixture
@@ -97,19 +96,9 @@ def test_an_empty_root_is_a_repository(root: Path, caplog: pytest.LogCaptureFixt
     assert repository.scan() == Scan({})
 
 
-@pytest.mark.parametrize("url", ["nope://bucket/models", "s3://bucket/models"])
-def test_a_url_that_nothing_can_read(url: str) -> None:
-    if url.startswith("s3") and "s3fs" in fsspec.available_protocols():
-        pytest.skip("s3fs is installed")
-    try:
-        import s3fs  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
-
-        if url.startswith("s3"):
-            pytest.skip("s3fs is installed")
-    except ImportError:
-        pass
-    with pytest.raises(RepositoryError, match=f"{url}: no model repository: "):
-        Repository(url)
+def test_a_url_that_nothing_can_read() -> None:
+    with pytest.raises(RepositoryError, match="nope://bucket/models: no model repository: Protocol not known"):
+        Repository("nope://bucket/models")
 
 
 def test_a_password_is_not_shown() -> None:
@@ -264,7 +253,7 @@ def test_a_manifest_is_read_again_when_it_changes(root: Path) -> None:
     net(root, "1", toml="batch_axis = 0")
     repository = Repository(str(root))
     for axis in ("1", "x", "22"):
-        assert repository.scan().models["net"] == repository.look("net")
+        assert str(repository.scan().models["net"].error) == str(repository.look("net").error)
         write(root, "net/model.toml", f"batch_axis = {axis}")
         found = repository.scan().models["net"]
         if axis == "x":
@@ -348,7 +337,7 @@ def test_staging(root: Path, tmp_path: Path, scheme: str) -> None:
         "1/lib/a.py": b"A" * 5_000_000,
         "2/model.py": b"not this",
     }
-    url = f"{scheme}{root}" if scheme != "memory://" else f"memory://{uuid.uuid4()}/models/"
+    url = f"{scheme}{root}" if scheme != "memory://" else f"memory://{uuid.uuid4()}/models"
     for path, content in files.items():
         with fsspec.open(f"{url}/net/{path}", "wb", auto_mkdir=True) as file:
             file.write(content)
@@ -385,17 +374,16 @@ def test_a_copy_is_no_link(root: Path) -> None:
 def test_what_is_not_there(root: Path) -> None:
     net(root, "1", "3")
     assert refused(root, "2") == f"{root}/net has no version '2'; there are: 1, 3"
+    repository = Repository(str(root))
     for name, expected in [
         ("nett", "has no model 'nett'"),
         ("../repo/net", "expected letters"),
         ("", "expected letters"),
     ]:
-        for ask in (
-            lambda: Repository(str(root)).look(name),
-            lambda: Repository(str(root)).stage(name, "1", root / "x"),
-        ):
-            with pytest.raises(RepositoryError, match=expected):
-                ask()
+        with pytest.raises(RepositoryError, match=expected):
+            repository.look(name)
+        with pytest.raises(RepositoryError, match=expected):
+            repository.stage(name, "1", root / "x")
 
 
 def test_a_full_disk(root: Path) -> None:
@@ -411,16 +399,10 @@ def test_a_full_disk(root: Path) -> None:
         "except RepositoryError as error: print(type(error).__name__, error)\n"
     )
     into = root.parent / "staged"
-    command = [sys_executable(), "-c", code, str(root), str(into)]
+    command = [sys.executable, "-c", code, str(root), str(into)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out.startswith(f"RepositoryError {root}/net/1 cannot be copied to {into}: ") and "too large" in out
     assert not into.exists()
-
-
-def sys_executable() -> str:
-    import sys
-
-    return sys.executable
 
 
 def test_nowhere_to_stage_to(root: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pullback_server import ops, spec
+from pullback_server import Gate, ops, spec
 from pullback_server.engine.operation_options import check_index
 from pullback_server.engine.operation_sizes import bytes_of
 from pullback_server.faults import Fault
@@ -226,11 +226,14 @@ class TriplesByModule(nn.Module):
         return torch.as_tensor(self.inner(x))
 
 
+OWN = Gate(intended={"gradient": "tripled"})
+
+
 @pytest.mark.parametrize(
     "proven, hooking",
     [
-        (function(triples, "a", inputs=DECLARED), function(hooks_a_node, "b")),
-        (factory(TriplesByModule, "a", inputs=DECLARED), factory(HooksAModule, "b")),
+        (function(triples, "a", inputs=DECLARED, gate=OWN), function(hooks_a_node, "b")),
+        (factory(TriplesByModule, "a", inputs=DECLARED, gate=OWN), factory(HooksAModule, "b")),
     ],
 )
 def test_a_proven_hook_excuses_no_other(proven: Any, hooking: Any) -> None:

@@ -11,7 +11,7 @@ from tests.unit.tape_jobs import ZOO, Session, close, factory, function, real, r
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from pullback_server import spec
+from pullback_server import Gate, spec
 from pullback_server.faults import Fault
 from pullback_wire import Reason
 
@@ -231,12 +231,13 @@ def test_hooks() -> None:
             y.register_hook(lambda g: 5 * g)
         return y * 2
 
+    own = Gate(intended={"gradient": "what hooks make of it"})
     for inputs in ({}, DECLARED):
-        s = Session(function(inside, inputs=inputs))
+        s = Session(function(inside, inputs=inputs, gate=own))
         x = s.leaf(real(3))
         with refused(Reason.ORDER_UNAVAILABLE, "hook"):
             s.grad(s.op("sum", s.model("f", [x])), x, create_graph=True)
-    s = Session(function(linear, inputs=DECLARED))
+    s = Session(function(linear, inputs=DECLARED, gate=own))
     x = s.leaf(real(3))
     g = s.grad(s.op("sum", s.op("square", s.model("f", [x]))), x, create_graph=True)
     close(s.get(g), 40 * s.get(x))

@@ -61,7 +61,7 @@ class _Values:
 def compare(
     original: HostedModel, export: HostedModel, records: list[SpecRecord], points: Sequence[Shapes], found: Compared
 ) -> None:
-    """Compares two models at a random point for each of some shapes; in double precision where both can be copied to it.
+    """Compares two models at a random point for each of some shapes; in double precision where both can be copied.
 
     found: what is learned goes there, also before it fails. Raises Differs.
     """
@@ -125,7 +125,7 @@ def _at(
 
 
 def _values(hosted: HostedModel, inputs: Tensors, number: int, functions: list[str] | None = None) -> _Values:
-    """Outputs, J^H v, and the derivatives of <J^H v, t> by everything, with random v and t. Raises what the model does."""
+    """Outputs, J^H v, and the derivatives of <J^H v, t> by everything; v and t are random. Raises what the model does."""
     wrt: Tensors = {}
     given: Tensors = {}
     for name, tensor in inputs.items():

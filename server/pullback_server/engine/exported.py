@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import operator
 import warnings
@@ -55,13 +56,14 @@ def load_exported(name: str, path: Path, owner: str, device: torch.device) -> Re
     where = f"{owner}: {path.name}"
     _check_kind(program, where)
     inputs = _inputs(program, where)
+    first = _module(program)
     for key, one in told.get("inputs", {}).items():
         if key in inputs:
             # The names of its free extents, and bounds, are not in the graph.
             inputs[key] = TensorSpec(inputs[key].dtype, tuple(one["shape"]), one["low"], one["high"])
     return Registration(
         name,
-        _Once(path, owner, device, _module(program)),
+        _Once(path, owner, device, first),
         kind="factory",
         inputs=inputs,
         source="pt2",
@@ -131,7 +133,7 @@ def _flat_names(program: ExportedProgram, where: str) -> list[str]:
 
 
 def _children(spec: Any) -> list[Any]:
-    found: Any = spec.children_specs if hasattr(spec, "children_specs") else spec.children()
+    found: Any = spec.children() if hasattr(spec, "children") else spec.children_specs
     return list(found)
 
 
@@ -165,8 +167,21 @@ def _module(program: ExportedProgram) -> nn.Module:
                 node.meta.clear()
             child.meta.clear()
     _tie(program, module)
+    type(module).forward.__signature__ = _signature(program)
     found: nn.Module = module
     return found
+
+
+def _signature(program: ExportedProgram) -> inspect.Signature:
+    """How its forward is to be called: what was given by keyword when it was exported is looked for there."""
+    names = program.graph_signature.user_inputs
+    by_keyword = _children(program.call_spec.in_spec)[1].num_children
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    for index, name in enumerate(names):
+        positional = index < len(names) - by_keyword
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(str(name), kind))
+    return inspect.Signature(parameters)
 
 
 def _tie(program: ExportedProgram, module: nn.Module) -> None:

@@ -53,7 +53,9 @@ class Shelf:
 
     def _load(self, item: Item, verdict: Verdict | None) -> Signature:
         limit_memory(self._engine.device, None)
-        signature = self._engine.load(gated(registration_of(item, self._known, self._engine.device), self._gate), verdict)
+        signature = self._engine.load(
+            gated(registration_of(item, self._known, self._engine.device), self._gate), verdict
+        )
         self._items[item.name, item.id] = item
         return signature
 

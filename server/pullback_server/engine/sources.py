@@ -45,7 +45,9 @@ def registration_of(
     owner = f"model {item.name!r} version {item.version}"
     try:
         if item.base is not None:
-            found = _with_weights(_base(item, known), Path(item.weights or "."), False, owner)
+            found = _base(item, known)
+            if item.weights:
+                found = _with_weights(found, Path(item.weights), False, owner)
         elif not item.manifest:
             raise LoadError(f"{owner}: it has neither a manifest nor a model whose architecture it has")
         else:

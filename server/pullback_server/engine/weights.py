@@ -99,7 +99,7 @@ def _read_pickle(path: Path, where: str) -> Tensors:
             f"{where}: it holds more than tensors, which is not loaded whatever the settings"
             f"{': ' + why if why else ''}; save model.state_dict() alone"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise LoadError(f"{where}: not a whole file of torch.save: {error}") from error
     if not isinstance(found, Mapping):
         raise LoadError(f"{where}: it holds a {type(found).__name__}, expected a state dict")
@@ -139,7 +139,8 @@ def _extra_state(module: nn.Module) -> list[str]:
 def _check(tensors: Tensors, wanted: Mapping[str, torch.Tensor], extra: list[str], where: str) -> None:
     """Raises LoadError, in one sentence for each kind of difference."""
     given = {id(wanted[name]) for name in tensors if name in wanted}
-    missing = [name for name, own in wanted.items() if name not in tensors and id(own) not in given]
+    absent = {id(own): name for name, own in reversed(wanted.items()) if id(own) not in given}
+    missing = [name for name, own in wanted.items() if absent.get(id(own)) == name]
     unexpected = [name for name in tensors if name not in wanted]
     shapes, dtypes = [], []
     for name, own in wanted.items():

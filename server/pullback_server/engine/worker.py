@@ -340,7 +340,7 @@ def _work(sock: socket.socket) -> None:
         more, failed = shelf.load_all(
             setup.items, lambda item: send_frame(sock, messages.encode(messages.Loading(item.name, item.id)))
         )
-        loaded: messages.ToFront = messages.Loaded(signatures + more, device_memory(engine.device), failed)
+        loaded: messages.ToFront = messages.Loaded(signatures + more, device_memory(engine.device), failed, list(known))
     except LoadError as error:
         loaded = messages.LoadFailed(cleaned(str(error)), trace_of(error))
     # A fault of ours: the operator must hear of that as well.

@@ -105,7 +105,7 @@ class LocalFleet:
     async def start(self) -> None:
         if not (self._sources or self._registrations or self._empty):
             raise StartError("there is no model to serve")
-        names = await self._prepare()
+        names = await self.prepare()
         sharing = Counter(setup.device for setup in self._setups.values())
         self._workers = [
             LocalWorker(name, setup.device, sharing[setup.device], self._launch, self._changed)
@@ -136,7 +136,8 @@ class LocalFleet:
         self._spawner.close()
         self._copier.close()
 
-    async def _prepare(self) -> list[str]:
+    async def prepare(self) -> list[str]:
+        """Gets ready to start workers, or to rehearse without any. Returns their names. Raises StartError."""
         # May ask a child process; the event loop has other things to do meanwhile.
         found = await asyncio.to_thread(devices_.resolve, self._devices)
         names = devices_.worker_names(found)
@@ -242,6 +243,11 @@ class LocalFleet:
             del self._filling[worker.name]
 
     # Items.
+
+    async def registered(self) -> list[tuple[str, str]]:
+        """Names and versions that the sources register. Raises StartError."""
+        assert self._stage is not None
+        return await self._stage.registered()
 
     async def rehearse(self, item: Item) -> Rehearsed:
         assert self._stage is not None

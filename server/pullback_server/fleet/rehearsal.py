@@ -30,6 +30,7 @@ class Stage:
         self._link: Link | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
+        self._registered: list[tuple[str, str]] = []
 
     async def rehearse(self, item: Item) -> Rehearsed:
         """Raises LoadFailure."""
@@ -39,6 +40,13 @@ class Stage:
                 return await self._rehearse(item)
             finally:
                 self._timer = asyncio.get_running_loop().call_later(_IDLE, self._end_later)
+
+    async def registered(self) -> list[tuple[str, str]]:
+        """Names and versions that the sources register. Raises StartError."""
+        async with self._turn:
+            self._keep()
+            await self._started()
+            return self._registered
 
     async def _rehearse(self, item: Item) -> Rehearsed:
         owner = f"model {item.name!r} version {item.version}"
@@ -69,7 +77,7 @@ class Stage:
     async def _started(self) -> Link:
         if self._link is None or not self._link.alive:
             link = self._make()
-            await link.start(self._spawner, self._timeout)
+            self._registered = (await link.start(self._spawner, self._timeout)).registered
             self._link = link
         return self._link
 

@@ -41,7 +41,7 @@ class Repository:
         except Exception as error:
             raise RepositoryError(f"{self.url}: no model repository: {error}") from error
         #: Manifests that were read, or what is wrong with them, and the file's size and stamp then.
-        self._read: dict[str, tuple[Listed, Manifest | RepositoryError]] = {}
+        self._read: dict[str, tuple[Listed, Manifest | str]] = {}
 
     def check(self) -> None:
         """Raises RepositoryError when the root is missing, no directory, or cannot be read. Warns when it is empty."""
@@ -98,28 +98,27 @@ class Repository:
             check_model(where, name, tree)
             return found_in(where, name, tree, self._manifest(name, tree.files[MANIFEST]))
         except RepositoryError as error:
-            return Found(name, error=error)
+            # Kept for as long as the model is broken: without the frames that it came through.
+            return Found(name, error=error.with_traceback(None))
 
     def _manifest(self, name: str, listed: Listed) -> Manifest:
-        before, kept = self._read.get(name, (None, None))
-        if kept is None or before != listed:
+        before, kept = self._read.get(name, (None, ""))
+        if before != listed:
+            where = f"{self.url}/{name}/{MANIFEST}"
             try:
-                kept = self._parsed(name)
+                with self._files.open(f"{name}/{MANIFEST}") as file:
+                    raw = file.read(LONGEST)
+            except Exception as error:
+                # Not kept: the next scan may have better luck.
+                raise RepositoryError(f"{where}: cannot be read: {error}") from error
+            try:
+                kept = read_manifest(text_of(raw, where), where, name)
             except RepositoryError as error:
-                kept = error
+                kept = str(error)
             self._read[name] = (listed, kept)
-        if isinstance(kept, RepositoryError):
-            raise kept
+        if isinstance(kept, str):
+            raise RepositoryError(kept)
         return kept
-
-    def _parsed(self, name: str) -> Manifest:
-        where = f"{self.url}/{name}/{MANIFEST}"
-        try:
-            with self._files.open(f"{name}/{MANIFEST}") as file:
-                raw = file.read(LONGEST)
-        except Exception as error:
-            raise RepositoryError(f"{where}: cannot be read: {error}") from error
-        return read_manifest(text_of(raw, where), where, name)
 
     def _unreadable(self, error: Exception) -> RepositoryError:
         reason = f"{type(error).__name__}: {error}"

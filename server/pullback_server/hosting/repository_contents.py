@@ -25,7 +25,7 @@ class Found:
     """A model as it lies in the repository.
 
     manifest: None: there is an `error`, which concerns the whole model; its versions are then not told.
-    versions: those that could be staged: fingerprints of what they are made of, by version.
+    versions: those that could be staged: fingerprints of what they are made of, by version, lowest first.
     problems: what is wrong with others, by version; "": that there is none.
     """
 
@@ -81,7 +81,8 @@ def contents_of(tree: Tree) -> Contents:
     """Which of a model's files are whose."""
     manifest: dict[str, Listed] = {}
     shared: dict[str, Listed] = {}
-    versions: dict[str, dict[str, Listed]] = {one: {} for one in tree.directories if _VERSION.fullmatch(one)}
+    numbers = sorted((one for one in tree.directories if _VERSION.fullmatch(one)), key=int)
+    versions: dict[str, dict[str, Listed]] = {number: {} for number in numbers}
     for path, listed in tree.files.items():
         top, _, inner = path.partition("/")
         if path == MANIFEST:
@@ -110,7 +111,7 @@ def found_in(where: str, name: str, tree: Tree, manifest: Manifest) -> Found:
     """A model without errors of its own: which of its versions could be staged, and what is wrong with others."""
     contents = contents_of(tree)
     problems = {version: reason for version in contents.versions if (reason := _wrong(version, contents, manifest))}
-    for one in tree.directories:
+    for one in sorted(tree.directories):
         if _MEANT.fullmatch(one) and not _VERSION.fullmatch(one):
             problems[one] = ": expected a version to be a positive number of at most 18 digits, without leading zeros"
     for path, reason in tree.problems.items():

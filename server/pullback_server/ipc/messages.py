@@ -121,11 +121,15 @@ class Loading(msgspec.Struct, array_like=True, tag="loading"):
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
-    """All models are loaded. memory: bytes that the device has in all. failed: items that were not, by model and id."""
+    """All models are loaded. memory: bytes that the device has in all. failed: items that were not, by model and id.
+
+    registered: names and versions that the sources register, be they loaded here or not.
+    """
 
     signatures: list[Signature]
     memory: int = 0
     failed: list[tuple[str, str, str]] = []
+    registered: list[tuple[str, str]] = []
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):

@@ -23,14 +23,12 @@ logger = logging.getLogger(__name__)
 
 #: As Triton knows them: loaded at the start; changes are followed; only what is asked for.
 Mode = Literal["none", "poll", "explicit"]
-#: Seconds for which files must have been the same before they are looked at.
-_SETTLE = 2.0
 
 
 class Curator:
     """See the module. Belongs to one event loop.
 
-    seconds: between looks at the repository, in mode "poll".
+    seconds: between looks at the repository, in mode "poll". settle: for which files must have been the same before.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class Curator:
         uploads: UploadStore | None,
         mode: Mode,
         seconds: float,
-        settle: float = _SETTLE,
+        settle: float,
     ) -> None:
         self._registry = registry
         self._repository = repository
@@ -99,9 +97,13 @@ class Curator:
                 except Fault as fault:
                     problems.append(fault.message)
             return problems
-        problems = await self._see(repository, at_once=True)
-        # A version that gives way is told of when what replaces it is there.
-        return problems + await self._see(repository, at_once=True)
+        problems: list[str] = []
+        # A version that gives way is told of when what replaces it is there; an older one may stand in for a failure.
+        while True:
+            done, failures = await self._see(repository, at_once=True)
+            problems += failures
+            if not done:
+                return problems
 
     # Following the repository.
 
@@ -109,23 +111,30 @@ class Curator:
         while True:
             await asyncio.sleep(min(self._seconds, self._settle) if self._watch.unsettled else self._seconds)
             try:
-                while await self._see(repository):
-                    pass
+                while True:
+                    done, failures = await self._see(repository)
+                    # What is being changed is looked at again in the next turn.
+                    if not done or failures:
+                        break
             except RepositoryError as error:
                 # It says nothing about the models; what is served goes on being served.
                 logger.error("%s", error)
             except Exception:
                 logger.exception("the repository cannot be followed for now")
 
-    async def _see(self, repository: Repository, *, at_once: bool = False) -> list[str]:
-        """One look at the repository, and what it asks for. Tells what was tried in vain. Raises RepositoryError."""
+    async def _see(self, repository: Repository, *, at_once: bool = False) -> tuple[int, list[str]]:
+        """One look at the repository, and what it asks for: how many things, and which of them were tried in vain.
+
+        Raises RepositoryError.
+        """
         scan = await asyncio.to_thread(repository.scan)
         failures = []
-        for change in self._watch.see(scan, time.monotonic(), at_once):
+        changes = self._watch.see(scan, time.monotonic(), at_once)
+        for change in changes:
             failure = await self._do(change)
             if failure:
                 failures.append(failure)
-        return failures + self._tell(scan.problems())
+        return len(changes), failures + self._tell(scan.problems())
 
     async def _do(self, change: Change) -> str:
         """Does what the repository asks for. Says why it could not be done; empty: it was."""
@@ -134,7 +143,7 @@ class Curator:
                 self._registry.unload(change.name, change.version, "the repository has it no more, or others instead")
                 return ""
             try:
-                await self._registry.load(change.name, change.version)
+                await self._registry.load(change.name, change.version, only_if_new=True)
             except LoadFailure as failure:
                 if isinstance(failure, NotYet) and self._mode == "poll":
                     self._watch.retry(change)

@@ -45,6 +45,10 @@ class Version:
         """See `Signature.id`."""
         return version_id(self.number, self.revision)
 
+    def serves(self, digest: str) -> bool:
+        """Whether these contents can be called."""
+        return self.state is VersionState.READY and self.digest == digest
+
 
 class Table:
     """Names, versions and their states.

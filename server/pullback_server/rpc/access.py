@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import secrets
 import tomllib
 from collections.abc import Iterable
@@ -107,10 +108,7 @@ def read_keys(path: str | None) -> Access:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KeyFileError(f"admin keys {path}: {error}") from error
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors(include_input=False)
-        )
-        raise KeyFileError(f"admin keys {path}: " + "; ".join(problems)) from None
+        raise KeyFileError(f"admin keys {path}: {_told(error)}") from None
     names = [key.name for key in found.key]
     if len(set(names)) < len(names):
         raise KeyFileError(f"admin keys {path}: two keys have one name")
@@ -118,8 +116,21 @@ def read_keys(path: str | None) -> Access:
 
 
 def new_key(name: str, rights: list[str], models: list[str]) -> tuple[str, str]:
-    """A fresh key, and its entry for the file of keys."""
+    """A fresh key, and its entry for the file of keys.
+
+    Raises ValueError for what such an entry cannot say.
+    """
     key = secrets.token_urlsafe(32)
     digest = hashlib.sha256(key.encode()).hexdigest()
-    lists = {field: ", ".join(f'"{one}"' for one in values) for field, values in (("r", rights), ("m", models))}
-    return key, (f'[[key]]\nname = "{name}"\nsha256 = "{digest}"\nrights = [{lists["r"]}]\nmodels = [{lists["m"]}]\n')
+    try:
+        entry = Key.model_validate({"name": name, "sha256": digest, "rights": rights, "models": models})
+    except ValidationError as error:
+        raise ValueError(_told(error)) from None
+    # JSON's strings and lists of strings are TOML's as well.
+    fields = [f"{field} = {json.dumps(value)}\n" for field, value in entry.model_dump().items()]
+    return key, "[[key]]\n" + "".join(fields)
+
+
+def _told(error: ValidationError) -> str:
+    problems = error.errors(include_input=False, include_url=False)
+    return "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in problems)

@@ -1,0 +1,307 @@
+"""Versions that come and go while calls, merged calls and sessions go on: real servers that follow a real folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.serving import Served
+
+import pullback as pb
+from pullback_wire import MODEL_METHODS, TensorWriter, decode, encode_message
+from pullback_wire.v1 import gradient_service_pb2, model_service_pb2
+
+MANIFEST = """
+batch_axis = 0
+[inputs.x]
+dtype = "float64"
+shape = ["batch", 3]
+[versions]
+{policy}
+"""
+
+SCALE = '''
+import torch
+from torch import nn
+from pullback_server import model
+
+@model("scale")
+class Scale(nn.Module):
+    """x -> a x^2 by rows; `a` is what tells versions apart."""
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.big = nn.Parameter(torch.zeros({big}))
+    def forward(self, x):
+        return self.a * x * x
+'''
+
+
+def put(root: Path, name: str, number: int, a: float, *, policy: str = "latest = 1", big: int = 1) -> None:
+    """A version whose gradient is 2 a x, put in its place as an operator should: by renaming."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = MANIFEST.format(policy=policy)
+    if not (folder / "model.toml").exists() or (folder / "model.toml").read_text() != text:
+        (folder / "model.toml").write_text(text)
+    if not (folder / "model.py").exists():
+        (folder / "model.py").write_text(SCALE.format(big=big))
+    partial = folder / f"{number}.partial"
+    partial.mkdir()
+    save_file({"a": torch.tensor(a, dtype=torch.float64), "big": torch.zeros(big)}, partial / "weights.safetensors")
+    place = folder / str(number)
+    if place.exists():
+        shutil.rmtree(place)
+    partial.rename(place)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+class Watched:
+    """A server that follows a folder, and a client of it."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.root = folder / "repository"
+        self.root.mkdir(exist_ok=True)
+        self.folder = folder
+        self.flags = flags
+
+    def start(self) -> Watched:
+        self.served = Served(
+            self.folder, "--repository", str(self.root), "--repository-mode", "poll",
+            "--repository-poll-seconds", "0.2", "--repository-settle-seconds", "0.5", *self.flags,
+        )  # fmt: skip
+        self.client = pb.connect(self.served.target)
+        return self
+
+    def stop(self) -> None:
+        self.client.close()
+        self.served.process.terminate()
+        self.served.process.wait(20)
+
+    def model(self, name: str = "scale") -> model_service_pb2.Model:
+        method = MODEL_METHODS["GetModel"]
+        call = self.served.channel.unary_unary(method.path)
+        answer = call(model_service_pb2.GetModelRequest(name=name).SerializeToString(), timeout=20)
+        return decode(method.response, answer)[0].model
+
+    def status(self, number: int, name: str = "scale") -> model_service_pb2.VersionStatus | None:
+        found = [one for one in self.model(name).version_statuses if one.version == str(number)]
+        return found[0] if found else None
+
+    def serves(self, number: int, revision: int = 0) -> bool:
+        found = self.status(number)
+        return found is not None and found.state == model_service_pb2.MODEL_STATE_READY and found.revision == revision
+
+    def vjp(self, version: str = "") -> tuple[str, int, float]:
+        """The version and revision that answered, and its factor."""
+        writer = TensorWriter()
+        x = np.full((2, 3), 0.5)
+        request = gradient_service_pb2.ComputeVjpRequest(
+            function={"model": "scale", "version": version},
+            inputs=[writer.add("x", x)],
+            cotangents=[writer.add("output", np.ones_like(x))],
+        )
+        call = self.served.channel.unary_unary("/pullback.v1.GradientService/ComputeVjp")
+        answer, payloads = decode(
+            gradient_service_pb2.ComputeVjpResponse, call(encode_message(request, writer.payloads), timeout=30)
+        )
+        gradient = np.frombuffer(payloads[answer.gradients[0].value.payload])
+        assert np.ptp(gradient) < 1e-12
+        return answer.model_version, answer.model_revision, float(gradient[0])
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    found = Watched(tmp_path)
+    put(found.root, "scale", 1, 1.0)
+    found.start()
+    yield found
+    found.stop()
+
+
+def test_versions_replace_one_another_while_calls_go_on(watched: Watched) -> None:
+    factors = {("1", 0): 1.0}
+    failures: list[object] = []
+    answered: set[tuple[str, int]] = set()
+    stop = threading.Event()
+
+    def call() -> None:
+        while not stop.is_set():
+            try:
+                version, revision, factor = watched.vjp()
+            except Exception as error:
+                failures.append(error)
+                return
+            answered.add((version, revision))
+            if abs(factor - factors[version, revision]) > 1e-12:
+                failures.append((version, revision, factor))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    try:
+        factors["2", 0] = 2.0
+        put(watched.root, "scale", 2, 2.0)
+        until(lambda: watched.serves(2), "version 2 comes")
+        # Version 1 goes, since the policy is the latest one.
+        until(lambda: watched.status(1) is None, "version 1 goes")
+        factors["2", 1] = 3.0
+        put(watched.root, "scale", 2, 3.0)
+        until(lambda: watched.serves(2, 1), "version 2 is replaced")
+        shutil.rmtree(watched.root / "scale" / "2")
+        until(lambda: watched.serves(1, 1), "version 1 comes back")
+        factors["1", 1] = 1.0
+    except KeyError as error:
+        failures.append(error)
+    finally:
+        factors["1", 1] = 1.0
+        time.sleep(0.5)
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert not failures, failures[:3]
+    assert {("1", 0), ("2", 0), ("2", 1)} <= answered
+
+
+def test_a_version_that_does_not_load_leaves_the_old_one_serving_and_says_why(watched: Watched) -> None:
+    folder = watched.root / "scale" / "2"
+    folder.mkdir()
+    save_file({"b": torch.zeros(1)}, folder / "weights.safetensors")
+    until(lambda: (found := watched.status(2)) is not None and found.state == model_service_pb2.MODEL_STATE_FAILED,
+          "version 2 fails")  # fmt: skip
+    assert watched.vjp() == ("1", 0, 1.0)
+    status = watched.status(2)
+    assert status is not None
+    assert "weights.safetensors" in status.reason
+    assert "'b'" in status.reason
+    assert watched.model().state == model_service_pb2.MODEL_STATE_READY
+    with pytest.raises(grpc.RpcError, match=r"version 2 could not be loaded"):
+        watched.vjp("2")
+    # As it is it is not tried again; mended, it is.
+    put(watched.root, "scale", 2, 5.0)
+    until(lambda: watched.serves(2), "version 2 is mended")
+    assert watched.vjp() == ("2", 0, 5.0)
+
+
+def test_a_model_that_kills_its_process_kills_no_worker(watched: Watched) -> None:
+    pid = watched.served.workers[0].pid
+    bad = watched.root / "deadly"
+    (bad / "1").mkdir(parents=True)
+    (bad / "model.py").write_text(
+        "import os, signal\nfrom pullback_server import model\n"
+        "@model('deadly', kind='factory')\ndef made():\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    (bad / "1" / "note").write_text("nothing else")
+    (bad / "model.toml").write_text("")
+    until(lambda: _failed(watched, "deadly"), "it fails")
+    assert "SIGSEGV" in watched.model("deadly").state_reason
+    assert watched.vjp() == ("1", 0, 1.0)
+    assert psutil.pid_exists(pid)
+    assert "pullback_worker_restarts_total 0.0" in watched.served.get("/metrics")
+
+
+def _failed(watched: Watched, name: str) -> bool:
+    try:
+        return watched.model(name).state == model_service_pb2.MODEL_STATE_FAILED
+    except Exception:
+        return False
+
+
+def test_a_session_keeps_the_version_that_it_has_named(watched: Watched) -> None:
+    model = watched.client.model("scale")
+    x = pb.tensor(np.full((1, 3), 0.5), requires_grad=True)
+    y = model(x)
+    put(watched.root, "scale", 2, 2.0)
+    until(lambda: watched.serves(2), "version 2 comes")
+    assert watched.vjp()[0] == "2"
+    y.sum().backward()
+    assert np.allclose(x.grad.numpy(), 1.0)
+    # "The latest" is to the session what it was when it first asked.
+    again = pb.tensor(np.full((1, 3), 0.5), requires_grad=True)
+    model(again).sum().backward()
+    assert np.allclose(again.grad.numpy(), 1.0)
+    status = watched.status(1)
+    assert status is not None and status.state == model_service_pb2.MODEL_STATE_UNLOADING
+    with pytest.raises(grpc.RpcError, match="taken out of service"):
+        watched.vjp("1")
+    watched.client.close()
+    until(lambda: watched.status(1) is None, "version 1 goes when its session has ended")
+
+
+def test_a_replaced_worker_holds_what_the_one_before_it_held(watched: Watched) -> None:
+    put(watched.root, "scale", 2, 2.0)
+    until(lambda: watched.serves(2), "version 2 comes")
+    os.kill(watched.served.workers[0].pid, signal.SIGKILL)
+    # The call waits for the replacement, which has the version from its start.
+    assert watched.vjp() == ("2", 0, 2.0)
+    assert watched.model().placements[0].state == model_service_pb2.MODEL_STATE_READY
+
+
+def test_the_memory_of_what_is_unloaded_comes_back(tmp_path: Path) -> None:
+    big = 16 << 20
+    watched = Watched(tmp_path, "--state-dir", str(tmp_path / "state"))
+    put(watched.root, "scale", 1, 1.0, big=big)
+    watched.start()
+    try:
+        watched.vjp()
+        worker = watched.served.workers[0]
+
+        def private() -> float:
+            found = worker.memory_full_info()
+            return found.uss / 2**20
+
+        before = private()
+        for number in range(2, 8):
+            put(watched.root, "scale", number, float(number), big=big)
+            until(lambda number=number: watched.serves(number), f"version {number} comes")
+            assert watched.vjp() == (str(number), 0, float(number))
+            until(lambda number=number: watched.status(number - 1) is None, "the one before goes")
+        # Each version has 64 MiB.
+        assert private() < before + 64
+        copies = list((tmp_path / "state").glob("*/*/weights.safetensors"))
+        assert len(copies) == 1
+    finally:
+        watched.stop()
+
+
+def test_a_half_copied_version_is_never_served(watched: Watched, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    save_file({"a": torch.tensor(7.0, dtype=torch.float64), "big": torch.zeros(1)}, whole)
+    data = whole.read_bytes()
+    folder = watched.root / "scale" / "2"
+    folder.mkdir()
+    with (folder / "weights.safetensors").open("wb", buffering=0) as file:
+        for at in range(0, len(data), 40):
+            file.write(data[at : at + 40])
+            time.sleep(0.3)
+            assert watched.vjp() == ("1", 0, 1.0)
+    until(lambda: watched.serves(2), "version 2 comes")
+    assert watched.vjp() == ("2", 0, 7.0)
+    assert watched.model().digest
+
+
+def test_a_repository_that_cannot_be_read_any_more_changes_nothing(watched: Watched) -> None:
+    hidden = watched.root.with_name("elsewhere")
+    watched.root.rename(hidden)
+    until(lambda: "cannot be read" in watched.served.log.read_text(), "it is told")
+    assert watched.vjp() == ("1", 0, 1.0)
+    hidden.rename(watched.root)
+    put(watched.root, "scale", 2, 2.0)
+    until(lambda: watched.serves(2), "version 2 comes")
