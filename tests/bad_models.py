@@ -88,7 +88,7 @@ def widen(x: Tensor) -> Tensor:
     return x.sum() * torch.ones(1 << 18, dtype=x.dtype)
 
 
-@model("slow", inputs=VECTOR, outputs=["y"])
+@model("slow", inputs=VECTOR, outputs=["y"], gate=False)
 def slow(x: Tensor) -> Tensor:
     """Takes as many seconds as it is told, at most two."""
     time.sleep(min(max(float(x.detach().sum()), 0.0), 2.0))

@@ -22,29 +22,33 @@ from pullback import errors
 from pullback._channel import TLS
 from pullback._client import Client, connect
 from pullback._grad_mode import enable_grad, is_grad_enabled, no_grad
-from pullback._info import LossInfo, ModelInfo, TensorInfo
+from pullback._info import CheckInfo, LossInfo, ModelInfo, PlacementInfo, TensorInfo, VersionInfo
 from pullback._loss import Loss
 from pullback._model import RemoteModel
-from pullback._results import HessianResult, HvpResult, JvpResult, VjpResult
+from pullback._results import HessianResult, HvpResult, JacobianResult, JvpResult, VjpResult
 from pullback._retry import RetryPolicy
 from pullback.errors import PullbackError
 from pullback_wire.malloc import pin_malloc as tune_malloc
 
 __all__ = [
     "TLS",
+    "CheckInfo",
     "Client",
     "HessianResult",
     "HvpResult",
+    "JacobianResult",
     "JvpResult",
     "Loss",
     "LossInfo",
     "ModelInfo",
+    "PlacementInfo",
     "PullbackError",
     "RemoteModel",
     "RetryPolicy",
     "Session",
     "Tensor",
     "TensorInfo",
+    "VersionInfo",
     "VjpResult",
     "__version__",
     "autograd",

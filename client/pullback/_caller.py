@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from pullback import errors
 from pullback._info import ModelInfo, model_info
 from pullback._naming import Named
 from pullback._request import Common, Draft
-from pullback._results import Answer
+from pullback._results import Answer, Answered, VjpResult
 from pullback._transport import Transport
 from pullback_wire import MODEL_METHODS, TensorReader, WireError
 from pullback_wire.framing import Buffer
@@ -29,6 +30,8 @@ R = TypeVar("R")
 #: sessions.py), but takes several times its bytes of the front's memory.
 BULK_BYTES = 256 << 20
 _DENSE = ("ComputeJacobian", "ComputeHessian")
+#: Seconds after which a model that is being loaded is asked for again.
+_LOADING_AGAIN = 1.0
 
 
 def bulky(transport: Transport, payloads: Sequence[Buffer]) -> bool:
@@ -52,15 +55,40 @@ class Caller:
         return self.transport.address.target
 
     def info(self) -> ModelInfo:
-        """The model's signature, asked for once."""
+        """What the server says of the model, in whatever state; asked for once it is ready."""
         info = self._info
         if info is None:
             request = model_service_pb2.GetModelRequest(name=self.name, version=self.version)
             response, _ = self.transport.call(
                 MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), None
             )
-            info = self._info = model_info(response.model)
+            info = model_info(response.model)
+            if info.state == "ready":
+                self._info = info
         return info
+
+    def signature(self) -> ModelInfo:
+        """As `info`, of a model that can be called. One that is being loaded is waited for, as calls do.
+
+        Raises what the server would answer to a call: NotReady, ModelNotFound, VersionNotFound.
+        """
+        deadline = self.transport.deadline(None)
+        attempt = 0
+        while (info := self.info()).state != "ready":
+            attempt += 1
+            error = self._not_callable(info)
+            pause = self.transport.retry.pause(error, attempt)
+            if pause is None or time.monotonic() + pause >= deadline:
+                raise error
+            time.sleep(pause)
+        return info
+
+    def _not_callable(self, info: ModelInfo) -> errors.PullbackError:
+        said = f"is {info.state}" + (f": {info.state_reason}" if info.state_reason else "")
+        message = f"model {self.name!r} version {info.version} cannot be called, it {said}"
+        if info.state == "loading":
+            return errors.NotReady(message, retry_after=_LOADING_AGAIN)
+        return errors.VersionNotFound(message) if self.version else errors.ModelNotFound(message)
 
     def forget(self) -> None:
         """The model may have another signature by now; the next call asks."""
@@ -70,7 +98,7 @@ class Caller:
     def draft(self, name: str, inputs: Any, common: Common) -> Iterator[Draft]:
         """A request of the RPC `name`, to be filled in and asked while the context lasts."""
         try:
-            yield Draft(name, self.name, self.version, inputs, common, self.info)
+            yield Draft(name, self.name, self.version, inputs, common, self.signature)
         except errors.BadName:
             self.forget()
             raise
@@ -79,14 +107,15 @@ class Caller:
         self,
         draft: Draft,
         wrt: str | Sequence[str] | None,
+        structure: Callable[[Named], Any],
         *,
         allow_unused: bool,
         batched: bool,
         max_norm: float | None,
         return_outputs: bool,
         timeout: float | None,
-    ) -> tuple[Named, Any, Any]:
-        """ComputeVjp: gradients by name, outputs, and the norm."""
+    ) -> VjpResult:
+        """ComputeVjp. structure: makes what is returned as the gradients of the gradients by name."""
         message = draft.message
         draft.wrt(wrt, allow_unused)
         message.cotangents_batched = batched
@@ -97,13 +126,13 @@ class Caller:
         if not return_outputs:
             draft.omit_outputs()
 
-        def read(answered: pb.ComputeVjpResponse, answer: Answer) -> tuple[Named, Any, Any]:
+        def read(answered: pb.ComputeVjpResponse, answer: Answer) -> VjpResult:
             outputs = answer.outputs(answered.outputs, return_outputs)
             norms = np.array(answered.norms, dtype=np.float64)
             if max_norm is not None and not batched and len(norms) != 1:
                 raise WireError(f"one norm was asked for, {len(norms)} came", "norms")
             norm = None if max_norm is None else norms if batched else float(norms[0])
-            return answer.named(answered.gradients, "gradients"), outputs, norm
+            return VjpResult(outputs, structure(answer.named(answered.gradients, "gradients")), norm)
 
         return self.ask(draft, pb.ComputeVjpResponse, timeout, read)
 
@@ -119,7 +148,26 @@ class Caller:
             raise errors.ProtocolError(
                 f"{what}: {self.target} sent an answer that contradicts itself: {error}"
             ) from error
+        answered: Any = message
+        self._check_version(draft, answered.model_version, answered.model_revision)
+        if isinstance(result, Answered):
+            result.model_version, result.model_revision = answered.model_version, answered.model_revision
         return result
+
+    def _check_version(self, draft: Draft, version: str, revision: int) -> None:
+        """Forgets the signature of another version than the one that answered.
+
+        Raises BadName where names were taken from it that have other places by now: the call was another one.
+        """
+        known = draft.named_by or self._info
+        if not version or known is None or (known.version, known.revision) == (version, revision):
+            return
+        self.forget()
+        if draft.named_by is not None and _places(self.signature()) != _places(draft.named_by):
+            raise errors.BadName(
+                f"model {self.name!r} was replaced by version {version}, whose inputs or outputs have other names or "
+                "places; the call was made with those of before: make it again, or pass tensors by name"
+            )
 
     def _asked(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
         """By one message, or by a session where the tensors are large, be it only those of the answer."""
@@ -150,3 +198,8 @@ class Caller:
 
     def _what(self, method: str) -> str:
         return f"model {self.name!r}: {method}"
+
+
+def _places(info: ModelInfo) -> tuple[list[str], list[str]]:
+    """Names by position."""
+    return [one.name for one in info.inputs], [one.name for one in info.outputs]

@@ -84,6 +84,11 @@ class Address:
         if not 0 < self.max_message_bytes < 2**31:
             raise ValueError(f"max_message_bytes is {self.max_message_bytes}, expected 1 to {2**31 - 1}")
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the way can read what is sent: encrypted, or within this machine."""
+        return self.tls is not None or _LOCAL.fullmatch(self.target) is not None
+
     def options(self) -> list[tuple[str, Any]]:
         """gRPC's channel options."""
         options: list[tuple[str, Any]] = [

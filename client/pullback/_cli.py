@@ -1,4 +1,4 @@
-"""`pullback`: asks a server what it hosts and whether it is well."""
+"""`pullback`: asks a server what it hosts and whether it is well, and changes what it hosts."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pullback
 from pullback._info import ModelInfo
-from pullback._tables import columns, described
+from pullback._tables import columns, described, sized, stated
 
 _DEFAULT_TARGET = "localhost:8470"
+#: Seconds that calls may take where --timeout is not given.
+_QUICK, _LOADING, _UPLOADING = 30.0, 600.0, 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +50,9 @@ def _connect(arguments: argparse.Namespace) -> pullback.Client:
             key=arguments.tls_key,
             server_name=arguments.tls_server_name,
         )
-    return pullback.connect(arguments.target, tls=tls, timeout=arguments.timeout, name="pullback-cli")
+    return pullback.connect(
+        arguments.target, tls=tls, timeout=arguments.timeout or _QUICK, name="pullback-cli", key=arguments.key
+    )
 
 
 def _models(client: pullback.Client, arguments: argparse.Namespace) -> None:
@@ -58,21 +63,30 @@ def _models(client: pullback.Client, arguments: argparse.Namespace) -> None:
     if not models:
         print(f"{client.target} hosts no models")
         return
-    rows = [("MODEL", "VERSION", "STATE", "PARAMETERS", "DERIVATIVES", "DESCRIPTION")]
-    for model in models:
-        orders = "any order" if model.max_order is None else f"order {model.max_order}"
-        forward = ", jvp" if model.forward_mode else ""
-        rows.append(
-            (
-                model.name,
-                model.version,
-                model.state,
-                f"{model.parameter_count:,}",
-                orders + forward,
-                model.description,
-            )
-        )
+    rows: list[tuple[str, ...]] = [("MODEL", "VERSION", "STATE", "PARAMETERS", "DERIVATIVES", "DESCRIPTION")]
+    rows += [_row(model) for model in models]
     print(columns(rows))
+    for model in models:
+        for one in model.version_statuses:
+            if one.state != "ready" or one.reason:
+                print(f"{model.name} version {one.version} is {stated(one)}")
+        if not model.version_statuses and model.state != "ready":
+            print(f"{model.name} is {stated(model)}")
+
+
+def _row(model: ModelInfo) -> tuple[str, ...]:
+    if model.state != "ready":
+        return (model.name, model.version or "-", model.state, "-", "-", model.description)
+    orders = "any order" if model.max_order is None else f"order {model.max_order}"
+    forward = ", jvp" if model.forward_mode else ""
+    return (
+        model.name,
+        model.version,
+        model.state,
+        f"{model.parameter_count:,}",
+        orders + forward,
+        model.description,
+    )
 
 
 def _describe(client: pullback.Client, arguments: argparse.Namespace) -> None:
@@ -81,6 +95,70 @@ def _describe(client: pullback.Client, arguments: argparse.Namespace) -> None:
         _print_json(asdict(info))
     else:
         print(described(info))
+
+
+def _load(client: pullback.Client, arguments: argparse.Namespace) -> None:
+    info = client.load_model(arguments.model, arguments.version, timeout=arguments.timeout or _LOADING)
+    _print_loaded(info, arguments)
+
+
+def _unload(client: pullback.Client, arguments: argparse.Namespace) -> None:
+    client.unload_model(arguments.model, arguments.version)
+    if arguments.json:
+        _print_json({"name": arguments.model, "version": arguments.version or "", "unloaded": True})
+    else:
+        version = f" version {arguments.version}" if arguments.version else ""
+        print(f"{arguments.model}{version} is unloaded")
+
+
+def _upload(client: pullback.Client, arguments: argparse.Namespace) -> None:
+    progress = _Progress() if sys.stderr.isatty() else None
+    try:
+        info = client.upload_weights(
+            arguments.model,
+            arguments.file,
+            arguments.version,
+            arguments.architecture_version,
+            timeout=arguments.timeout or _UPLOADING,
+            progress=progress,
+        )
+    finally:
+        if progress is not None:
+            progress.clear()
+    _print_loaded(info, arguments)
+
+
+def _print_loaded(info: ModelInfo, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        _print_json(asdict(info))
+        return
+    revision = f" revision {info.revision}" if info.revision else ""
+    places = f" on {'; '.join(map(str, info.placements))}" if info.placements else ""
+    print(f"{info.name} version {info.version}{revision} is {stated(info)}{places}")
+    for check in info.checks:
+        if check.outcome not in ("passed", "skipped"):
+            print(f"  {check}")
+
+
+class _Progress:
+    """A bar on stderr, drawn at most ten times a second."""
+
+    def __init__(self) -> None:
+        self._drawn = -1.0
+
+    def __call__(self, sent: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._drawn < 0.1 and sent < total:
+            return
+        self._drawn = now
+        share = sent / max(total, 1)
+        told = "checking and loading" if sent == total else f"{sized(sent)} of {sized(total)}"
+        print(f"\r\x1b[K[{'#' * int(30 * share):<30}] {share:4.0%}  {told}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Takes the bar away."""
+        if self._drawn >= 0:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _ping(client: pullback.Client, arguments: argparse.Namespace) -> None:
@@ -122,7 +200,8 @@ class _Version(argparse.Action):
 def _defaults() -> dict[str, Any]:
     return {
         "target": os.environ.get("PULLBACK_TARGET") or _DEFAULT_TARGET,
-        "timeout": 30.0,
+        "timeout": None,
+        "key": None,
         "json": False,
         "tls": False,
         "tls_ca": None,
@@ -137,7 +216,14 @@ def _parser() -> argparse.ArgumentParser:
     # Suppressed, so that an option counts before the command as well as after it.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--target", help=f"address of the server [env PULLBACK_TARGET; now {target}]")
-    common.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="longest a call may take [30]")
+    common.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="longest a call may take [30; load 600, upload 3600]"
+    )
+    common.add_argument(
+        "--key",
+        help="what the server knows you by, for administrative calls; others on this machine can read command "
+        "lines, so rather set the environment variable [env PULLBACK_KEY]",
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
     tls = common.add_argument_group("encryption")
     tls.add_argument("--tls", action="store_true", help="encrypt; implied by the options below")
@@ -147,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     tls.add_argument("--tls-server-name", metavar="NAME", help="name that the server's certificate must carry")
 
     parser = argparse.ArgumentParser(
-        prog="pullback", description="Asks a Pullback server what it hosts and whether it is well.", parents=[common]
+        prog="pullback",
+        description="Asks a Pullback server what it hosts and whether it is well, and changes what it hosts.",
+        parents=[common],
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -155,8 +243,24 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(run=_models)
     describe = commands.add_parser("describe", parents=[common], help="show a model's signature")
     describe.add_argument("model", metavar="MODEL")
-    describe.add_argument("--model-version", dest="version", default=None, metavar="VERSION", help="[the latest]")
+    describe.add_argument("--version", "--model-version", default=None, metavar="VERSION", help="[the latest]")
     describe.set_defaults(run=_describe)
+    load = commands.add_parser("load", parents=[common], help="load a model from the server's repository, or anew")
+    load.add_argument("model", metavar="MODEL")
+    load.add_argument("--version", default=None, metavar="VERSION", help="[what the model's version policy picks]")
+    load.set_defaults(run=_load)
+    unload = commands.add_parser("unload", parents=[common], help="take a model out of service")
+    unload.add_argument("model", metavar="MODEL")
+    unload.add_argument("--version", default=None, metavar="VERSION", help="[all]")
+    unload.set_defaults(run=_unload)
+    upload = commands.add_parser("upload", parents=[common], help="make a new version of a model with other weights")
+    upload.add_argument("model", metavar="MODEL")
+    upload.add_argument("file", metavar="FILE", help="the weights, a safetensors file")
+    upload.add_argument("--version", required=True, metavar="VERSION", help="number of the version to create")
+    upload.add_argument(
+        "--architecture-version", default=None, metavar="VERSION", help="version whose code it gets [the latest]"
+    )
+    upload.set_defaults(run=_upload)
     ping = commands.add_parser("ping", parents=[common], help="ask whether the server serves, and how fast")
     ping.set_defaults(run=_ping)
     return parser

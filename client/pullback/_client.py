@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -17,9 +18,12 @@ from pullback_wire import CALLER_KEY, MODEL_METHODS, PRIORITY_KEY
 from pullback_wire.v1 import model_service_pb2
 
 if TYPE_CHECKING:
+    from pullback._admin import Progress
     from pullback._session import Session
     from pullback._tensor import Tensor
+    from pullback._weights import Weights
 
+_KEY_VARIABLE = "PULLBACK_KEY"
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # grpc.health.v1 by hand: an empty HealthCheckRequest asks about the server as a whole, and a HealthCheckResponse is
 # one enum field. The generated messages would cost a dependency.
@@ -91,6 +95,8 @@ class Client:
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """The hosted models, sorted by name, the latest version of each, without their parameter lists.
 
+        Also those that are being loaded or could not be, of which little but `state` and `state_reason` is known.
+
         Raises PullbackError.
         """
         response, _ = self._transport.call(
@@ -102,6 +108,69 @@ class Client:
             timeout,
         )
         return [model_info(model) for model in response.models]
+
+    def load_model(self, name: str, version: str | int | None = None, *, timeout: float | None = 600.0) -> ModelInfo:
+        """Loads a version from the server's repository, or loads it anew. Returns the model once it is ready.
+
+        What served before goes on serving until then, and if the new one cannot be loaded. It goes on too when this
+        call runs out of time. Needs a key with the right "load" (see `connect`). Made again only where no server was
+        reached.
+
+        version: None: those that the model's version policy picks; others are unloaded.
+        timeout: seconds; None: the client's default.
+
+        Raises LoadFailed (with the reason), LoadConflict, NotInRepository, ModelNotFound, VersionNotFound,
+        AdminDisabled, Unauthenticated, PermissionDenied, ...
+        """
+        from pullback import _admin
+
+        return _admin.load(self._transport, name, version, timeout)
+
+    def unload_model(self, name: str, version: str | int | None = None, *, timeout: float | None = None) -> None:
+        """Takes a version out of service: calls do not find it any more, those under way end, sessions keep theirs.
+
+        Needs a key with the right "load". Made again only where no server was reached.
+
+        version: None: all of them.
+
+        Raises LoadConflict, NotInRepository, ModelNotFound, VersionNotFound, AdminDisabled, Unauthenticated,
+        PermissionDenied, ...
+        """
+        from pullback import _admin
+
+        _admin.unload(self._transport, name, version, timeout)
+
+    def upload_weights(
+        self,
+        model: str,
+        weights: Weights,
+        version: str | int,
+        architecture_version: str | int | None = None,
+        *,
+        timeout: float | None = 3600.0,
+        progress: Progress | None = None,
+    ) -> ModelInfo:
+        """Makes a new version of a model's architecture with other weights. Returns the model once it is ready.
+
+        Needs a key with the right "upload". Where anything goes wrong, nothing of it is left on the server. Made again
+        only where no server was reached.
+
+        weights: the path of a safetensors file, its bytes, a binary file that can seek (taken from where it stands),
+            or arrays by name, of any dtype but complex128; bfloat16 and float8 are ml_dtypes'. Read twice: for the
+            SHA-256 that goes ahead, and as they are sent, 1 MiB at a time.
+        version: the number of the version to create, 1 or more.
+        architecture_version: the version whose code it gets; None: the latest.
+        timeout: seconds for sending, checking and loading; None: the client's default.
+        progress: called with the bytes sent so far and all of them, as `progress(sent, total)`, by this thread; what it
+            raises ends the upload.
+
+        Raises BadUpload, VersionExists, StorageFull, LoadFailed, LoadConflict, ModelNotFound, VersionNotFound,
+        AdminDisabled, Unauthenticated, PermissionDenied, ...; OSError for a file that cannot be read, TypeError and
+        ValueError for what holds no weights.
+        """
+        from pullback import _admin
+
+        return _admin.upload(self._transport, model, weights, version, architecture_version, timeout, progress)
 
     def ping(self, *, timeout: float | None = None) -> float:
         """Seconds of one round trip that asks whether the server serves (grpc.health.v1). Never retried.
@@ -143,6 +212,7 @@ def connect(
     name: str = "",
     caller: str = "",
     priority: Literal["normal", "high"] = "normal",
+    key: str | None = None,
 ) -> Client:
     """A client of the server at `target`. Connects at its first call.
 
@@ -159,12 +229,18 @@ def connect(
     caller: whom calls are counted for where a server shares its workers out among callers; empty: each connection is
         a caller of its own.
     priority: "high": before this caller's other calls, and with a larger share of the workers.
+    key: what the server knows this client by, sent with each call as `authorization: Bearer KEY`; administrative calls
+        need one. None: the environment variable PULLBACK_KEY, where `metadata` has no authorization of its own; empty:
+        none. It is never sent in plain text to another machine: there it takes `tls`, or, on a network that can be
+        trusted, `metadata`.
 
     Raises ValueError for a setting that cannot be, OSError for a TLS file that cannot be read.
     """
     if priority not in ("normal", "high"):
         raise ValueError(f"priority is {priority!r}, expected 'normal' or 'high'")
     told = [*clean_metadata(metadata)]
+    secret = _key(key, any(name == "authorization" for name, _ in told))
+    told += [("authorization", f"Bearer {secret}")] if secret else []
     told += [(CALLER_KEY, caller)] if caller else []
     told += [(PRIORITY_KEY, priority)] if priority != "normal" else []
     address = Address(
@@ -175,4 +251,18 @@ def connect(
         metadata=clean_metadata(told),
         name=name,
     )
+    if secret and not address.is_private:
+        raise ValueError(
+            f"a key is given (by key= or {_KEY_VARIABLE}), and {target} would get it in plain text; give tls= too, or, "
+            "where nobody on the way can listen, metadata={'authorization': 'Bearer ...'}"
+        )
     return Client(Transport(address, timeout, RetryPolicy() if retry is None else retry))
+
+
+def _key(key: str | None, authorized: bool) -> str:
+    """The key to be sent; empty: none. authorized: whether the metadata tell who is calling. Raises ValueError."""
+    if key is None:
+        return "" if authorized else os.environ.get(_KEY_VARIABLE, "").strip()
+    if key and authorized:
+        raise ValueError("key is given, and metadata has an authorization too; give one of them")
+    return key.strip()

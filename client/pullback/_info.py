@@ -57,11 +57,61 @@ class LossInfo:
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """A hosted model: its signature and what it can do.
+class CheckInfo:
+    """A property of its gradients that was looked at when a model was loaded.
 
-    versions: every version that can be named, oldest first.
-    state: "ready", "loading", "failed" or "unloading"; state_reason says why, where it is not ready.
+    name: "gradient", "second", "rows", "determinism" or "purity".
+    outcome: "passed"; "declared" (it does not hold, and the operator says that this is intended, and why); "noted" (it
+        does not hold, and is no danger); "skipped" (it was not looked at).
+    detail: what was found; for a declared difference the operator's reason.
+    """
+
+    name: str
+    outcome: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.outcome}" + (f": {self.detail}" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class PlacementInfo:
+    """A model version on one worker. state: "ready", "loading" or "failed"."""
+
+    worker: str
+    device: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.worker} ({self.device})" + ("" if self.state == "ready" else f", {self.state}")
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """One version of a model.
+
+    state: "ready", "loading", "failed" or "unloading".
+    reason: why it is in that state; for a ready one, why newer contents of it could not be loaded.
+    revision, digest: see `ModelInfo`.
+    """
+
+    version: str
+    state: str
+    reason: str
+    revision: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.version}: {self.state}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A hosted model: its signature and what it can do. Of one that is not ready, little but its state is known.
+
+    versions: every version that can be called, oldest first.
+    state: "ready", "loading", "failed" or "unloading"; state_reason says why, where it is not ready, and why newer
+        contents could not be loaded, where it is.
     inputs: in the order of the model's code, which is the order of positional inputs.
     outputs: where declared, or learned when the model was loaded; may be empty.
     parameters: empty in what Client.models() returns; RemoteModel.info has them.
@@ -75,6 +125,15 @@ class ModelInfo:
     batch_evidence: how it is known that rows are independent, or why calls are not merged.
     plan: what a compiled plan covers, or why there is none; empty: none was asked for.
     hard_timeout: seconds of computing after which a call is ended; None: the server's own limit.
+    source: what it was made from: "python", "pt2" or "torchscript".
+    revision: how often this version was loaded anew with other contents.
+    digest: SHA-256, in hex, of what it was loaded from; empty where that was neither a repository nor an upload.
+    checks: of its gradients, when it was loaded.
+    limits: what a model of its source cannot do, each in a sentence.
+    memory_bytes: of its parameters and buffers.
+    gradient_seconds: of one VJP of the sample that it was tried with at load; None: it was not tried.
+    placements: on which workers it is.
+    version_statuses: every version that the server knows, also those that cannot be called, oldest first.
     """
 
     name: str
@@ -97,11 +156,22 @@ class ModelInfo:
     batch_evidence: str = ""
     plan: str = ""
     hard_timeout: float | None = None
+    source: str = ""
+    revision: int = 0
+    digest: str = ""
+    checks: tuple[CheckInfo, ...] = field(default=(), repr=False)
+    limits: tuple[str, ...] = field(default=(), repr=False)
+    memory_bytes: int = 0
+    gradient_seconds: float | None = None
+    placements: tuple[PlacementInfo, ...] = field(default=(), repr=False)
+    version_statuses: tuple[VersionInfo, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
-        state = "" if self.state == "ready" else f", {self.state}"
+        if self.state != "ready":
+            version = f" version {self.version}" if self.version else ""
+            return f"<ModelInfo {self.name!r}{version}, {self.state}: {self.state_reason or 'no reason given'}>"
         return (
-            f"<ModelInfo {self.name!r} version {self.version}{state}: ({', '.join(map(str, self.inputs))}) -> "
+            f"<ModelInfo {self.name!r} version {self.version}: ({', '.join(map(str, self.inputs))}) -> "
             f"({', '.join(map(str, self.outputs)) or 'unknown'}), {self.parameter_count:,} parameters>"
         )
 
@@ -129,6 +199,18 @@ def model_info(message: pb.Model) -> ModelInfo:
         batch_evidence=message.batching.evidence,
         plan=message.plan,
         hard_timeout=message.hard_timeout_seconds if message.HasField("hard_timeout_seconds") else None,
+        source=message.source,
+        revision=message.revision,
+        digest=message.digest,
+        checks=tuple(CheckInfo(one.name, _outcome(one.outcome), one.detail) for one in message.checks),
+        limits=tuple(message.limits),
+        memory_bytes=message.memory_bytes,
+        gradient_seconds=message.gradient_seconds or None,
+        placements=tuple(PlacementInfo(one.worker, one.device, _state(one.state)) for one in message.placements),
+        version_statuses=tuple(
+            VersionInfo(one.version, _state(one.state), one.reason, one.revision, one.digest)
+            for one in message.version_statuses
+        ),
     )
 
 
@@ -136,6 +218,12 @@ def _state(number: int) -> str:
     if number not in pb.ModelState.values():
         return f"unknown({number})"
     return pb.ModelState.Name(number).removeprefix("MODEL_STATE_").lower()  # type: ignore[arg-type]
+
+
+def _outcome(number: int) -> str:
+    if number not in pb.CheckOutcome.values():
+        return f"unknown({number})"
+    return pb.CheckOutcome.Name(number).removeprefix("CHECK_OUTCOME_").lower()  # type: ignore[arg-type]
 
 
 def _tensor_info(spec: tensor_pb2.TensorSpec) -> TensorInfo:

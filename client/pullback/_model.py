@@ -10,7 +10,16 @@ from pullback._info import ModelInfo
 from pullback._loss import Loss
 from pullback._naming import structured, wants_one
 from pullback._request import Common
-from pullback._results import Answer, HessianResult, HvpResult, JvpResult, VjpResult, by_output, only_block
+from pullback._results import (
+    Answer,
+    HessianResult,
+    HvpResult,
+    JacobianResult,
+    JvpResult,
+    VjpResult,
+    by_output,
+    only_block,
+)
 from pullback._transport import Transport
 from pullback_wire.v1 import gradient_service_pb2 as pb
 
@@ -51,6 +60,8 @@ class RemoteModel:
     Derivatives: without wrt as the inputs were passed (an array, a tuple with None for what is not floating-point, or
         a dict); with wrt one name (no glob) one array; else a dict by name.
     Results are numpy arrays that are writable and own their memory.
+    Where a version is replaced or unloaded while a program runs, named results (VjpResult and its like) say which one
+        answered, in `.model_version` and `.model_revision`; bare arrays and dicts do not.
 
     Raises, beside what each method adds: TypeError and ValueError for what makes no request; BadName, BadTensor,
     BadCotangent, MissingCotangent, BadOption, ModelNotFound, LossNotFound, NotDifferentiable, OrderUnavailable,
@@ -76,7 +87,9 @@ class RemoteModel:
 
     @property
     def info(self) -> ModelInfo:
-        """The model's signature, with parameters; asked for once and then kept.
+        """The model's signature, with parameters.
+
+        Asked for once and then kept, until an answer comes from another version; not kept while it is not ready.
 
         Raises ModelNotFound, VersionNotFound, or what any call raises.
         """
@@ -191,16 +204,16 @@ class RemoteModel:
         common = Common(loss, target, targets, parameters, train, seed, result_dtype)
         with self._caller.draft("ComputeVjp", inputs, common) as draft:
             draft.cotangents(cotangents)
-            named, outputs, norm = self._caller.vjp(
+            return self._caller.vjp(
                 draft,
                 wrt,
+                lambda named: structured(named, wrt, draft.inputs),
                 allow_unused=allow_unused,
                 batched=batched,
                 max_norm=max_norm,
                 return_outputs=return_outputs,
                 timeout=timeout,
             )
-            return VjpResult(outputs, structured(named, wrt, draft.inputs), norm)
 
     def value_and_grad(
         self,
@@ -228,16 +241,16 @@ class RemoteModel:
         """
         common = Common(loss, target, targets, parameters, train, seed, result_dtype)
         with self._caller.draft("ComputeVjp", inputs, common) as draft:
-            named, value, norm = self._caller.vjp(
+            return self._caller.vjp(
                 draft,
                 wrt,
+                dict,
                 allow_unused=allow_unused,
                 batched=False,
                 max_norm=max_norm,
                 return_outputs=True,
                 timeout=timeout,
             )
-            return VjpResult(value, dict(named), norm)
 
     def jvp(
         self,
@@ -351,7 +364,7 @@ class RemoteModel:
         """The dense Jacobian: J[i..., j...] = ∂y[i...]/∂x[j...], of shape y.shape + x.shape.
 
         One array for one differentiable output by one array (a single array passed, or wrt one name); else a dict by
-        (output, wrt). return_outputs=True gives the pair (outputs, jacobian).
+        (output, wrt). return_outputs=True gives the pair JacobianResult(outputs, jacobian).
 
         Raises ResultTooLarge (before anything is computed), ComplexUnsupported.
         """
@@ -364,7 +377,7 @@ class RemoteModel:
             def read(m: pb.ComputeJacobianResponse, answer: Answer) -> Any:
                 outputs = answer.outputs(m.outputs, return_outputs)
                 jacobian = only_block(answer.blocks(m.blocks), wants_one(wrt, draft.inputs))
-                return (outputs, jacobian) if return_outputs else jacobian
+                return JacobianResult(outputs, jacobian) if return_outputs else jacobian
 
             return self._caller.ask(draft, pb.ComputeJacobianResponse, timeout, read)
 

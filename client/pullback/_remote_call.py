@@ -44,7 +44,7 @@ def call_model(
     inputs = {name: arguments.operand(value, f"inputs[{name!r}]") for name, value in named.items()}
     more = {name: arguments.operand(value, f"parameters[{name!r}]") for name, value in given.items()}
     function = function_pb2.Function(model=caller.name, version=caller.version)
-    names = [one.name for one in caller.info().outputs] if session.pipelined else []
+    names = [one.name for one in caller.signature().outputs] if session.pipelined else []
     try:
         outputs = run(
             session,
@@ -71,7 +71,7 @@ def _named(caller: Caller, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     """Arguments by the names of the model's code. Raises TypeError as a Python function does."""
     named: dict[str, Any] = {}
     if args:
-        names = [spec.name for spec in caller.info().inputs]
+        names = [spec.name for spec in caller.signature().inputs]
         if len(args) > len(names):
             takes = ", ".join(map(repr, names)) or "none"
             raise TypeError(f"model {caller.name!r} takes {len(names)} inputs ({takes}), {len(args)} are given")
@@ -89,7 +89,7 @@ def take_parameters(caller: Caller, session: Session | None) -> dict[str, Tensor
     session = session_now(caller.transport, model) if session is None else session
     taken = session.model_parameters.get(model)
     if taken is None:
-        info: ModelInfo = caller.info()
+        info: ModelInfo = caller.signature()
         # Others, quantised ones for example, have no gradients; calls use the hosted ones.
         specs = [one for one in info.parameters if one.dtype and one.dtype.startswith(("float", "bfloat", "complex"))]
         names = [spec.name for spec in specs]

@@ -40,9 +40,11 @@ class Draft:
 
     def __init__(self, name: str, model: str, version: str, inputs: Any, common: Common, info: Callable[[], ModelInfo]):
         self.method: Method = GRADIENT_METHODS[name]
-        self.inputs: Inputs = name_inputs(inputs, info)
+        self._ask = info
+        #: The signature that told names, where any were missing.
+        self.named_by: ModelInfo | None = None
+        self.inputs: Inputs = name_inputs(inputs, self._info)
         self._writer = TensorWriter()
-        self._info = info
         loss, targets = resolve_loss(common.loss, common.target, common.targets)
         self._has_loss = loss is not None
         # One of six types with most fields in common; each method here is called for those that have its field.
@@ -55,6 +57,10 @@ class Draft:
         self._add(self.message.inputs, self.inputs.arrays)
         self._add(self.message.targets, targets)
         self._add(self.message.parameters, by_name(common.parameters, "parameters"))
+
+    def _info(self) -> ModelInfo:
+        self.named_by = self._ask()
+        return self.named_by
 
     @property
     def payloads(self) -> Sequence[Buffer]:

@@ -12,19 +12,30 @@ from pullback_wire.v1 import gradient_service_pb2 as pb
 from pullback_wire.v1 import tensor_pb2
 
 
+class Answered:
+    """What an answer says of itself beside its elements.
+
+    model_version: the version of the model that answered; empty where the server does not say.
+    model_revision: how often that version had been loaded anew with other contents.
+    """
+
+    model_version: str = ""
+    model_revision: int = 0
+
+
 class _Vjp(NamedTuple):
     outputs: Any
     gradients: Any
 
 
-class VjpResult(_Vjp):
-    """The pair (outputs, gradients).
+class VjpResult(_Vjp, Answered):
+    """The pair (outputs, gradients), with `.model_version` and `.model_revision` of what answered.
 
     norm: with max_norm, the 2-norm over all gradients before they were clipped: a float, or with batched cotangents a
         float64 array [K]; else None. It is not an element of the pair.
     """
 
-    norm: float | Array | None
+    norm: float | Array | None = None
 
     def __new__(cls, outputs: Any, gradients: Any, norm: float | Array | None = None) -> VjpResult:
         self = super().__new__(cls, outputs, gradients)
@@ -32,32 +43,55 @@ class VjpResult(_Vjp):
         return self
 
 
-class JvpResult(NamedTuple):
-    """The pair (outputs, tangents): J t has the structure of the outputs, None for one that is not differentiable."""
-
+class _Jvp(NamedTuple):
     outputs: Any
     tangents: Any
 
 
-class HvpResult(NamedTuple):
-    """With g(x, v) = Jᴴv: gradients = g, hvps = ∂Re⟨g, t⟩/∂x, cotangent_derivatives = ∂Re⟨g, t⟩/∂v = J t.
+class JvpResult(_Jvp, Answered):
+    """The pair (outputs, tangents): J t has the structure of the outputs, None for one that is not differentiable.
 
-    gradients and hvps have one structure, that of the inputs or of wrt. cotangent_derivatives is None unless asked
-    for; it is an array for one cotangent, else a dict by output.
+    Has `.model_version` and `.model_revision` of what answered.
     """
 
+
+class _Hvp(NamedTuple):
     outputs: Any
     gradients: Any
     hvps: Any
     cotangent_derivatives: Any
 
 
-class HessianResult(NamedTuple):
-    """The value, the gradient and the Hessian of a scalar function at one point."""
+class HvpResult(_Hvp, Answered):
+    """(outputs, gradients, hvps, cotangent_derivatives), with `.model_version` and `.model_revision` of what answered.
 
+    With g(x, v) = Jᴴv: gradients = g, hvps = ∂Re⟨g, t⟩/∂x, cotangent_derivatives = ∂Re⟨g, t⟩/∂v = J t.
+
+    gradients and hvps have one structure, that of the inputs or of wrt. cotangent_derivatives is None unless asked
+    for; it is an array for one cotangent, else a dict by output.
+    """
+
+
+class _Jacobian(NamedTuple):
+    outputs: Any
+    jacobian: Any
+
+
+class JacobianResult(_Jacobian, Answered):
+    """The pair (outputs, jacobian), with `.model_version` and `.model_revision` of what answered."""
+
+
+class _Hessian(NamedTuple):
     outputs: Any
     gradients: Any
     hessian: Any
+
+
+class HessianResult(_Hessian, Answered):
+    """(outputs, gradients, hessian): the value, the gradient and the Hessian of a scalar function at one point.
+
+    Has `.model_version` and `.model_revision` of what answered.
+    """
 
 
 class Answer:

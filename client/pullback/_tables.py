@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pullback._info import ModelInfo
+from pullback._info import ModelInfo, VersionInfo
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
@@ -19,16 +19,21 @@ def described(info: ModelInfo) -> str:
     orders = "any order" if info.max_order is None else f"up to order {info.max_order}"
     jvp = "available" if info.forward_mode else "not available"
     axis = "not declared" if info.batch_axis is None else str(info.batch_axis)
-    state = f"{info.state}: {info.state_reason}" if info.state_reason else info.state
-    facts = [
-        ("version", f"{info.version} (of {', '.join(info.versions)})" if len(info.versions) > 1 else info.version),
-        ("state", state),
+    facts = _identity(info)
+    if info.state != "ready":
+        parts = [info.name, columns(facts, "  ")]
+        return "\n".join(parts + _section("versions", info.version_statuses))
+    facts += [
         ("gradients", f"{orders}; jvp {jvp}"),
         ("evidence", info.order_evidence or "none given"),
         ("batch axis", axis),
         ("merging", _merging(info)),
-        ("devices", ", ".join(info.devices) or "none"),
+        ("placements", "; ".join(map(str, info.placements)) or ", ".join(info.devices) or "none"),
     ]
+    if info.memory_bytes:
+        facts.append(("memory", sized(info.memory_bytes)))
+    if info.gradient_seconds is not None:
+        facts.append(("time of a vjp", f"{info.gradient_seconds * 1e3:.3g} ms"))
     if info.plan:
         facts.append(("compiled plan", info.plan))
     if info.hard_timeout is not None:
@@ -39,7 +44,40 @@ def described(info: ModelInfo) -> str:
     if info.parameters:
         parts += _section(f"parameters ({info.parameter_count:,} elements)", info.parameters)
     parts += _section("losses", info.losses)
+    parts += _section("checks at load", info.checks)
+    parts += _section("limits", info.limits)
+    if len(info.version_statuses) > 1:
+        parts += _section("versions", info.version_statuses)
     return "\n".join(parts)
+
+
+def _identity(info: ModelInfo) -> list[tuple[str, str]]:
+    """Which model it is, and how it is."""
+    version = f"{info.version} (of {', '.join(info.versions)})" if len(info.versions) > 1 else info.version or "none"
+    facts = [("version", version), ("state", stated(info))]
+    if info.revision:
+        facts.append(("revision", str(info.revision)))
+    if info.source:
+        facts.append(("source", info.source))
+    if info.digest:
+        facts.append(("digest", f"sha256 {info.digest}"))
+    return facts
+
+
+def stated(one: ModelInfo | VersionInfo) -> str:
+    """A state and its reason, on one line."""
+    reason = " ".join((one.state_reason if isinstance(one, ModelInfo) else one.reason).split())
+    return f"{one.state}: {reason}" if reason else one.state
+
+
+def sized(count: int) -> str:
+    """A number of bytes: "512 bytes", "3.0 MiB"."""
+    size, units = float(count), ["KiB", "MiB", "GiB", "TiB"]
+    if count < 1024:
+        return f"{count} bytes"
+    while size >= 1024 and units:
+        size, unit = size / 1024, units.pop(0)
+    return f"{size:.1f} {unit}"
 
 
 def _merging(info: ModelInfo) -> str:

@@ -19,7 +19,7 @@ _TOO_LARGE = re.compile(r"(CLIENT|SERVER): (Received|Sent) message larger than m
 #: The same from versions that do not say who speaks.
 _TOO_LARGE_SOMEWHERE = "message larger than max"
 #: How gRPC itself begins to say that it found no server to send a call to.
-_NO_CONNECTION = ("failed to connect to all addresses", "DNS resolution failed")
+_NO_CONNECTION = ("failed to connect to all addresses", "errors resolving ", "DNS resolution failed")
 
 
 def from_rpc_error(error: Any, what: str, target: str, timeout: float | None) -> errors.PullbackError:

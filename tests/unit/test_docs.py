@@ -33,6 +33,7 @@ def test_metrics_table() -> None:
         sessions=lambda: 0,
         handles=lambda: 0,
         retained=lambda: 0,
+        versions=dict,
     )
     documented = {}
     for names, kind in re.findall(r"^\| (`pullback_.+?`) \| (\w+) \|", README, re.MULTILINE):

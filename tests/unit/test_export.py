@@ -282,7 +282,7 @@ def test_what_is_exported_computes_what_the_model_computes(
         torch.testing.assert_close(a, b.detach())
     v = {key: torch.randn_like(one) for key, one in outputs.items()}
     wrt = [key for key, t in inputs.items() if t.is_floating_point()]
-    named = {key: p for key, p in local.parameters.items()}
+    named = dict(local.parameters)
     grads = torch.autograd.grad(
         list(mine), [*(leaves[key] for key in wrt), *named.values()], list(v.values()), allow_unused=True
     )

@@ -20,7 +20,6 @@ from torch import nn
 from pullback_server.engine.sources import forget, registration_of
 from pullback_server.hosting import Item, Registration, TensorSpec
 from pullback_server.hosting.loading import LoadError, load_source
-from pullback_wire import Reason
 
 HERE = Path(__file__).parent
 
@@ -82,7 +81,9 @@ PLAIN = """
     def function(x, scale: float = 1.0):
         return x * scale
 
-    @model("registered", inputs={"x": spec("float32", ["b", 3], low=-9)}, batch_axis=0, checkpoint=["layer"], micro_batch=2)
+    LOW = {"x": spec("float32", ["b", 3], low=-9)}
+
+    @model("registered", inputs=LOW, batch_axis=0, checkpoint=["layer"], micro_batch=2)
     class Registered(Net):
         "Registered, and told of."
 """
@@ -268,7 +269,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     (info / "entry_points.txt").write_text(
-        f"[pullback.models]\nnet = {name}:Net\ndecorated = {name}:Registered\nwhole = {name}\nbroken = {name}_broken:x\n"
+        f"[pullback.models]\nnet = {name}:Net\ndecorated = {name}:Registered\nwhole = {name}\n"
+        f"broken = {name}_broken:x\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     return name
@@ -364,9 +366,8 @@ def test_weights(tied: Path, kind: str, both: bool) -> None:
     local = expected(leaves, x)
     reply = host("vjp", "m", {"x": x}, version="3", wrt=["param:a.weight", "param:a.bias"], cotangents={"output": v})
     torch.testing.assert_close(reply.outputs["output"], local.detach())
-    for name, grad in zip(
-        ("a.weight", "a.bias"), torch.autograd.grad(local, [leaves["a.weight"], leaves["a.bias"]], v)
-    ):
+    grads = torch.autograd.grad(local, [leaves["a.weight"], leaves["a.bias"]], v)
+    for name, grad in zip(("a.weight", "a.bias"), grads, strict=True):
         torch.testing.assert_close(reply.grads[f"param:{name}"], grad)
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from pullback_server import ops
 from pullback_server.engine.sources import registration_of
-from pullback_server.hosting import Abilities
+from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_wire import Reason
 
@@ -32,7 +32,7 @@ def _beside(name: str) -> Any:
     return sys.modules[name]
 
 
-jobs, items = _beside("engine_jobs"), _beside("source_items")
+jobs, items, tape = _beside("engine_jobs"), _beside("source_items"), _beside("tape_jobs")
 real = items.real
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*torch.jit.*")
@@ -271,25 +271,20 @@ def test_torchscript_that_is_refused(tmp_path: Path) -> None:
     refuses(tmp_path, "torchscript", "torch.jit.fork")
     torch.jit.save(torch.jit.script(Flagged()), path)
     refuses(tmp_path, "torchscript", "'flag'", "bool")
-    optimised = torch.jit.optimize_for_inference(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()))
-    torch.jit.save(optimised, path)
-    if any("mkldnn" in node.kind().lower() for node in torch.jit.load(path).inlined_graph.nodes()):
-        refuses(tmp_path, "torchscript", "for inference alone")
 
 
-def test_a_frozen_module_has_no_parameters_and_says_so(tmp_path: Path) -> None:
-    module = original()
-    module.constant = torch.full((3,), 0.5, dtype=torch.float64)
-    torch.jit.save(torch.jit.freeze(torch.jit.script(module)), tmp_path / "model.pt")
-    found = registration_of(items.make_item(tmp_path, {"kind": "torchscript"}, inputs=INPUTS), {})
-    assert "constants" in found.abilities.notes[1]
-    host = jobs.Host(found)
-    _, grads, _ = local(original())
-    reply = host("vjp", "m", {"x": X, "y": Y}, version="3", wrt=["x", "y"], cotangents=V)
-    for a, b in zip(reply.grads.values(), grads, strict=False):
-        torch.testing.assert_close(a, b.detach())
-    with jobs.refused(Reason.UNSUPPORTED_BY_MODEL, "frozen", field="train"):
-        host("evaluate", "m", {"x": X, "y": Y}, version="3", train=True)
+def test_frozen_modules_are_refused(tmp_path: Path) -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach() * x
+
+    frozen = torch.jit.freeze(torch.jit.script(Cut().eval()))
+    # The reason: it computes another gradient, without a word.
+    x = X.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(frozen(x).sum(), x)
+    assert torch.equal(grad, 2 * X)
+    torch.jit.save(frozen, tmp_path / "model.pt")
+    refuses(tmp_path, "torchscript", "frozen", "detach()")
 
 
 class Keeps(nn.Module):
@@ -353,6 +348,47 @@ def test_rows_are_merged_where_they_are_independent(tmp_path: Path) -> None:
         assert signature.batch.max_rows > 1, signature.batch
 
 
-def test_abilities_are_kept_in_sessions(tmp_path: Path) -> None:
-    tape = _beside("tape_jobs")
-    assert ops is not None and tape is not None and Abilities is not None
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_sessions(kind: str, tmp_path: Path) -> None:
+    session = tape.Session(registration_of(save(kind, original(), tmp_path, X, Y, inputs=INPUTS), {}))
+    given = {"a.weight": real(3, 3), "norm.weight": real(3)}
+    outputs, grads, _ = local(original(), given)
+    x, y = session.leaf(X), session.leaf(Y)
+    handles = {name: session.leaf(tensor) for name, tensor in given.items()}
+    for _ in range(3):
+        session.model("m", {"x": x, "y": y}, outputs=2)
+        first, second = session.model("m", {"x": x, "y": y}, outputs=2, parameters=handles)
+        torch.testing.assert_close(session.get(first), outputs[0].detach())
+        pulled = session.grads(
+            [first, second], [x, handles["a.weight"]], [session.put(v) for v in V.values()], create_graph=True
+        )
+        for handle, expected in zip(pulled, (grads[0], grads[2]), strict=True):
+            torch.testing.assert_close(session.get(handle), expected.detach())
+
+
+def test_what_cannot_be_done_is_refused_in_sessions(tmp_path: Path) -> None:
+    session = tape.Session(registration_of(save("pt2", original(), tmp_path, X, Y), {}))
+    x, y = session.leaf(X), session.leaf(Y)
+    with tape.refused(Reason.UNSUPPORTED_BY_MODEL, "train mode", "exported in eval mode"):
+        session.model("m", {"x": x, "y": y}, outputs=2, train=True)
+    session = tape.Session(registration_of(save("script", Keeps(), tmp_path), {}))
+    with tape.refused(Reason.UNSUPPORTED_BY_MODEL, "'layer.weight'", "'kept'"):
+        session.model("m", {"x": session.leaf(X)}, parameters={"layer.weight": session.leaf(real(3, 3))})
+
+
+class Part(nn.Module):
+    """Python around TorchScript, whose copies would silently keep the original's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.jit.script(nn.Linear(3, 3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_no_copy_of_torchscript_runs_with_given_parameters() -> None:
+    session = tape.Session(Registration("m", Part))
+    weight = real(3, 3)
+    with tape.refused(Reason.UNSUPPORTED_BY_MODEL, "TorchScript in part"):
+        session.model("m", {"x": session.leaf(X)}, parameters={"inner.weight": session.leaf(weight)})

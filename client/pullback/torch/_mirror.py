@@ -74,7 +74,7 @@ def mirror(root: nn.Module, session: Session, model: RemoteModel, wanted: Sequen
 
     Raises BadName for a name or glob that matches none, PullbackError.
     """
-    for group in _groups(_chosen(model.info, wanted)):
+    for group in _groups(_chosen(model._caller.signature(), wanted)):
         names = [spec.name for spec in group]
         refs = [Ref(session, handle) for handle in session.parameters(model.name, model.version, names)]
         for name, ref, array in zip(names, refs, session.get([ref.handle for ref in refs]), strict=True):

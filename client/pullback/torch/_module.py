@@ -158,7 +158,11 @@ class _Remote:
             if not isinstance(value, torch.Tensor) or not torch.is_autocast_enabled(value.device.type):
                 continue
             if declared is None:
-                declared = {spec.name: getattr(torch, spec.dtype) for spec in self.model.info.inputs if spec.dtype}
+                declared = {
+                    spec.name: getattr(torch, spec.dtype)
+                    for spec in self.model._caller.signature().inputs
+                    if spec.dtype
+                }
             wanted = declared.get(name, value.dtype)
             if value.dtype in _AUTOCAST and wanted in _AUTOCAST:
                 named[name] = value.to(wanted)

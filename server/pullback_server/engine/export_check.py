@@ -125,7 +125,7 @@ def _at(
 
 
 def _values(hosted: HostedModel, inputs: Tensors, number: int, functions: list[str] | None = None) -> _Values:
-    """Outputs, J^H v, and the derivatives of <J^H v, t> by everything; v and t are random. Raises what the model does."""
+    """Outputs, J^H v, and the derivatives of <J^H v, t>, by everything, for random v and t. Raises what code raises."""
     wrt: Tensors = {}
     given: Tensors = {}
     for name, tensor in inputs.items():

@@ -73,6 +73,8 @@ def _settle(trial: Trial, variant: Variant, ask: Ask, points: int, late: str) ->
             point = _scaled(trial, variant, trial.point(*variant, number))
             if not point.v:
                 return Told("skipped", "no output can be differentiated")
+            if not point.t:
+                return Told("skipped", "nothing can stand in for what its outputs depend on")
             questions = list(ask(trial, point, number))
             if not all(math.isfinite(question.expected) and math.isfinite(question.here) for question in questions):
                 continue
@@ -102,12 +104,12 @@ def _settle(trial: Trial, variant: Variant, ask: Ask, points: int, late: str) ->
     if not tried:
         return Told("skipped", failure if done else late)
     if never:
-        return Told(
-            "skipped", late or f"differences tell nothing of {', '.join(never)} at {tried} points: kinks, or rounding"
-        )
+        unclear = f"differences tell nothing of {', '.join(never)} at {tried} points: kinks, or rounding"
+        return Told("skipped", unclear if done else late)
     remark = f"; not along {', '.join(wrong)} at one of {tried}, as around a kink" if wrong else ""
     precision = "double precision" if trial.wide else "its own precision"
-    return Told("passed", f"agrees with central differences in {precision} at {min(right.values())} points{remark}")
+    count = min(right[what] for what in asked)
+    return Told("passed", f"agrees with central differences in {precision} at {count} points{remark}")
 
 
 def _worst(wrong: dict[str, list[tuple[Point, Question, Slope]]]) -> list[tuple[Point, Question, Slope]] | None:

@@ -18,7 +18,7 @@ from torch import nn
 from pullback_server.engine._dtypes import WIRE
 from pullback_server.engine.binding import bind
 from pullback_server.engine.guards import Randomness
-from pullback_server.engine.modes import autocast, autocast_dtype, checkpoint_modules
+from pullback_server.engine.modes import autocast, autocast_dtype, checkpoint_modules, is_recurrent
 from pullback_server.engine.plan import Plan
 from pullback_server.engine.reach import Reference, references
 from pullback_server.faults import Fault
@@ -129,7 +129,7 @@ class HostedModel:
         if self.module is not None:
             self._take_stock(self.module)
         #: cuDNN's recurrent kernels have no backward in eval mode, and none of second order.
-        self.without_cudnn = bool(self._recurrent) and device.type == "cuda"
+        self.without_cudnn = device.type == "cuda" and (bool(self._recurrent) or is_recurrent(self.module))
 
     def _take_stock(self, module: nn.Module) -> None:
         by_identity: dict[int, str] = {}
@@ -250,7 +250,8 @@ class HostedModel:
                 child._buffers[key] = pristine.clone()
 
         def back() -> None:
-            for place, key, value in undo:
+            # Backwards: two names in TorchScript may be one place, whose second value is already the caller's.
+            for place, key, value in reversed(undo):
                 place[key] = value
             for own, weights, refs in recurrent:
                 # They keep lists of their weights, which would hold on to the caller's.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pullback_server.engine.recomputing import recomputing
+from pullback_server.engine.scripted import Scripted
 from pullback_server.faults import listed
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
@@ -18,6 +19,7 @@ from pullback_server.hosting.loading import LoadError
 _AS_IT_IS = contextlib.nullcontext()
 #: What torch.compile puts between a module and those inside it.
 _COMPILED = "_orig_mod"
+_RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn_")
 
 
 def autocast_dtype(registration: Registration, device: torch.device) -> torch.dtype | None:
@@ -43,6 +45,15 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.Abst
     Without torch's cache, which would hand one call the casts of another's parameters.
     """
     return _AS_IT_IS if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+def is_recurrent(module: nn.Module | None) -> bool:
+    """Whether a saved graph runs torch's recurrent operations, which cuDNN has kernels for."""
+    graphs = [] if module is None else [child for child in module.modules() if isinstance(child, torch.fx.GraphModule)]
+    names = [str(node.target) for child in graphs for node in child.graph.nodes]
+    if isinstance(module, Scripted):
+        names += [kind.replace("::", ".") for kind in module.kinds()]
+    return any(name.startswith(_RECURRENT) for name in names)
 
 
 def checkpoint_modules(registration: Registration, module: nn.Module) -> None:

@@ -26,9 +26,6 @@ from pullback_server.hosting.spec import Abilities, Registration
 #: What optimize_for_inference and quantisation put into graphs, some of which cuts gradients without a word.
 _FOR_INFERENCE = ("mkldnn", "prepacked::", "quantized::", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
 _FORWARD_MODE = "what a no_grad block of TorchScript cuts off, forward mode would go through"
-_FROZEN = (
-    "It was frozen (torch.jit.freeze): its weights are constants, and it has no parameters to be differentiated by."
-)
 _NOTE = (
     "What is served is the derivative of the TorchScript as it was saved: custom backwards (autograd.Function) and "
     "hooks of the original are not in it, nor, if it was traced, no_grad blocks."
@@ -45,7 +42,7 @@ class Scripted(nn.Module):
         own["_held"] = {"module": module}
         for registry in ("_parameters", "_buffers", "_modules"):
             own[registry] = getattr(module, registry)
-        own["training"] = getattr(module, "training", False)
+        own["training"] = module.training
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
@@ -58,6 +55,10 @@ class Scripted(nn.Module):
         super().__setattr__(name, value)
         if name == "training":
             vars(self)["_held"]["module"].training = value
+
+    def kinds(self) -> set[str]:
+        """The operations that it is made of."""
+        return _kinds(vars(self)["_held"]["module"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scripted:
         return Scripted(copy.deepcopy(vars(self)["_held"]["module"], memo))
@@ -105,10 +106,9 @@ def load_scripted(name: str, path: Path, owner: str, device: torch.device) -> Re
         kind="factory",
         source="torchscript",
         abilities=Abilities(
-            train="" if hasattr(module, "training") else "it was frozen (torch.jit.freeze) in the mode it was in",
             parameters=shared,
             forward_mode=_FORWARD_MODE,
-            notes=(_NOTE, _FROZEN) if not hasattr(module, "training") else (_NOTE,),
+            notes=(_NOTE,),
         ),
     )
 
@@ -129,13 +129,18 @@ def _load(path: Path, owner: str, device: torch.device) -> Any:
 def _check(module: Any, where: str) -> None:
     if not hasattr(module, "forward"):
         raise LoadError(f"{where}: it has no forward")
+    if not hasattr(module, "training"):
+        raise LoadError(
+            f"{where}: it was frozen (torch.jit.freeze), which removes detach(), so that its gradients could be others "
+            "than the model's; save it as torch.jit.script returns it"
+        )
     for argument in module.forward.schema.arguments[1:]:
         if not _is_tensor(argument.type) and not argument.has_default_value():
             raise LoadError(
                 f"{where}: its argument {argument.name!r} is {argument.type.annotation_str}, expected a tensor; "
                 "wrap the module in one that takes tensors only"
             )
-    kinds = {node.kind() for node in _nodes(module.inlined_graph)}
+    kinds = _kinds(module)
     found = sorted(kind for kind in kinds if any(part in kind.lower() for part in _FOR_INFERENCE))
     if found:
         raise LoadError(
@@ -147,6 +152,12 @@ def _check(module: Any, where: str) -> None:
             f"{where}: it runs parts of itself in other threads (torch.jit.fork), where its execution cannot be kept "
             "to what has right derivatives"
         )
+
+
+def _kinds(module: Any) -> set[str]:
+    # A node is one only as long as its graph is held.
+    graph = module.inlined_graph
+    return {node.kind() for node in _nodes(graph)}
 
 
 def _nodes(block: Any) -> Iterator[Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import torch
 
 from pullback_server.engine.boot import gated, limit_memory, told
 from pullback_server.engine.core import Engine
 from pullback_server.engine.records import cleaned, trace_of
-from pullback_server.engine.sources import forget, registration_of
 from pullback_server.hosting import Item, Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.ipc.messages import Installed, NotInstalled
@@ -37,27 +37,28 @@ class Shelf:
 
     def load(self, number: int, item: Item, verdict: Verdict | None) -> Installed | NotInstalled:
         """Loads an item, or says why not; then nothing is left of it."""
+        limit_memory(self._engine.device, None)
+        found = self._try(number, item, verdict)
+        if isinstance(found, Installed):
+            self._items[item.name, item.id] = item
+        else:
+            # Not before the exception has gone, which holds on to what was built.
+            self._engine.unload(item.name, item.id)
+            _sources().forget(item)
+        # Every process starts torch at one and the same seed; but two workers' dropout must differ.
+        torch.seed()
+        limit_memory(self._engine.device, self._allowance)
+        return found
+
+    def _try(self, number: int, item: Item, verdict: Verdict | None) -> Installed | NotInstalled:
         try:
-            signature = self._load(item, verdict)
+            registration = _sources().registration_of(item, self._known, self._engine.device)
+            signature = self._engine.load(gated(registration, self._gate), verdict)
             return Installed(number, signature, self._engine.verdict(item.name, item.id))
         # A model's code may raise anything, and may even exit; what served before goes on serving.
         except (Exception, SystemExit) as error:
-            self._engine.unload(item.name, item.id)
-            forget(item)
             text = str(error) if isinstance(error, LoadError) else f"{_owner(item)} does not load: {told(error)}"
             return NotInstalled(number, cleaned(text), trace_of(error))
-        finally:
-            # Every process starts torch at one and the same seed; but two workers' dropout must differ.
-            torch.seed()
-            limit_memory(self._engine.device, self._allowance)
-
-    def _load(self, item: Item, verdict: Verdict | None) -> Signature:
-        limit_memory(self._engine.device, None)
-        signature = self._engine.load(
-            gated(registration_of(item, self._known, self._engine.device), self._gate), verdict
-        )
-        self._items[item.name, item.id] = item
-        return signature
 
     def unload(self, model: str, id: str) -> None:
         """Forgets a model; nothing happens where it is not there."""
@@ -65,7 +66,7 @@ class Shelf:
         if item is not None:
             limit_memory(self._engine.device, None)
             self._engine.unload(model, id)
-            forget(item)
+            _sources().forget(item)
             limit_memory(self._engine.device, self._allowance)
 
     def load_all(
@@ -85,6 +86,13 @@ class Shelf:
                 _log.error("%s\n%s", found.message, found.traceback)
                 failed.append((item.name, item.id, found.message))
         return signatures, failed
+
+
+def _sources() -> ModuleType:
+    # A worker that is given no items needs no manifests, and none of what reads them.
+    from pullback_server.engine import sources
+
+    return sources
 
 
 def _owner(item: Item) -> str:

@@ -139,8 +139,11 @@ def _extra_state(module: nn.Module) -> list[str]:
 def _check(tensors: Tensors, wanted: Mapping[str, torch.Tensor], extra: list[str], where: str) -> None:
     """Raises LoadError, in one sentence for each kind of difference."""
     given = {id(wanted[name]) for name in tensors if name in wanted}
-    absent = {id(own): name for name, own in reversed(wanted.items()) if id(own) not in given}
-    missing = [name for name, own in wanted.items() if absent.get(id(own)) == name]
+    absent: dict[int, str] = {}
+    for name, own in wanted.items():
+        if id(own) not in given:
+            absent.setdefault(id(own), name)
+    missing = list(absent.values())
     unexpected = [name for name in tensors if name not in wanted]
     shapes, dtypes = [], []
     for name, own in wanted.items():

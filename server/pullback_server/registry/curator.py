@@ -89,14 +89,14 @@ class Curator:
     async def _first(self, repository: Repository, wanted: Sequence[str]) -> list[str]:
         """Loads what is there at the start, and tells what could not be."""
         if self._mode == "explicit":
-            problems = []
+            refused = []
             for one in wanted:
                 name, _, number = one.partition(":")
                 try:
                     await self.load(name, number)
                 except Fault as fault:
-                    problems.append(fault.message)
-            return problems
+                    refused.append(fault.message)
+            return refused
         problems: list[str] = []
         # A version that gives way is told of when what replaces it is there; an older one may stand in for a failure.
         while True:
