@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from safetensors.numpy import save, save_file
-from serving import pullback_server
+from serving import Running, pullback_server
 from soak_holdings import Figures, family, memory_files, resident, settled, workers
 
 import pullback as pb
@@ -214,14 +214,12 @@ def lifecycle(changes: int, callers: int = 16) -> list[str]:
             "--repository", str(root), "--repository-mode", "explicit", "--admin-keys", str(keys),
             "--uploads", str(Path(folder) / "uploads"), "--state-dir", str(Path(folder) / "state"),
         ) as running:  # fmt: skip
-            _soak(figures, root, Path(folder), running.target, key, running.metrics, running.process.pid, changes, callers)
+            _soak(figures, root, Path(folder), key, running, changes, callers)
     return figures.failed
 
 
-def _soak(
-    figures: Figures, root: Path, folder: Path, target: str, key: str, url: str, pid: int, changes: int, callers: int
-) -> None:
-    front = psutil.Process(pid)
+def _soak(figures: Figures, root: Path, folder: Path, key: str, running: Running, changes: int, callers: int) -> None:
+    target, front = running.target, psutil.Process(running.process.pid)
     operator = Operator(root, target, key)
     for _ in range(3):
         operator.change("add")
@@ -251,7 +249,7 @@ def _soak(
     figures.tell("calls", ", ".join(f"{number} {what}" for what, number in told.most_common()))
     figures.tell("failed otherwise, or wrong", f"{len(wrong)} {wrong[:3] if wrong else ''}", not wrong)
     figures.tell("answers that name what computed them", f"{len(answers) - len(false)} of {len(answers)}", not false)
-    left = settled(url, 20)
+    left = settled(running.metrics, 20)
     figures.tell("gauges that are not zero", left or "none", not left)
     _unload_all(operator)
     time.sleep(2)

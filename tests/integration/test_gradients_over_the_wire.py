@@ -444,9 +444,11 @@ class Hidden(torch.autograd.Function):
 
 
 N = {"x": spec("float64", ["n"])}
+#: Not the derivative of the forward.
+AS_WRITTEN = {"gradient": "to be taken as it is written"}
 
 
-@model("floored", inputs=N, outputs=["y"])
+@model("floored", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def floored(x: Tensor) -> Tensor:
     return Straight.apply(x) * x
 
@@ -473,7 +475,7 @@ def another_far_out(x: Tensor) -> Tensor:
     return (Hidden.apply(x) if x[0] > 50 else Cubed.apply(x, "saved")) + x.sin()
 
 
-@model("hook_hides", inputs=N, outputs=["y"])
+@model("hook_hides", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def hook_hides(x: Tensor) -> Tensor:
     """A tensor hook whose factor is a constant to double backward: no Function is in the graph."""
     h = x**3
@@ -483,7 +485,7 @@ def hook_hides(x: Tensor) -> Tensor:
     return h + x.sin()
 
 
-@model("hook_detaches", inputs=N, outputs=["y"])
+@model("hook_detaches", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def hook_detaches(x: Tensor) -> Tensor:
     """A tensor hook that gives a gradient with no history."""
     h = x**3
@@ -492,7 +494,7 @@ def hook_detaches(x: Tensor) -> Tensor:
     return h + x.sin()
 
 
-@model("hook_scales", inputs=N, outputs=["y"])
+@model("hook_scales", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def hook_scales(x: Tensor) -> Tensor:
     """A harmless tensor hook: torch operations of the gradient."""
     h = x**3
@@ -501,7 +503,7 @@ def hook_scales(x: Tensor) -> Tensor:
     return h + x.sin()
 
 
-@model("hook_normalises", inputs=N, outputs=["y"])
+@model("hook_normalises", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def hook_normalises(x: Tensor) -> Tensor:
     """A hook whose factor is a number: the backward is not linear in the cotangent."""
     h = x**3
@@ -510,7 +512,7 @@ def hook_normalises(x: Tensor) -> Tensor:
     return h + x.sin()
 
 
-@model("node_hook", inputs=N, outputs=["y"])
+@model("node_hook", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def node_hook(x: Tensor) -> Tensor:
     """The same as hook_hides, with the hook on the graph's node instead of the tensor."""
     h = x**3
@@ -520,7 +522,7 @@ def node_hook(x: Tensor) -> Tensor:
     return h + x.sin()
 
 
-@model("node_prehook", inputs=N, outputs=["y"])
+@model("node_prehook", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def node_prehook(x: Tensor) -> Tensor:
     """And before the node."""
     h = x**3
@@ -546,7 +548,7 @@ def one_function_two_ways(x: Tensor) -> Tensor:
     return Cubed.apply(x, "hidden" if x[0] > 50 else "saved") + x.sin()
 
 
-@model("hook_on_the_input", inputs=N, outputs=["y"])
+@model("hook_on_the_input", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def hook_on_the_input(x: Tensor) -> Tensor:
     """The hook sits on the leaf that is differentiated."""
     if x.requires_grad:
@@ -574,7 +576,7 @@ class Hooked(nn.Module):
         return result * x
 
 
-@model("module_hook", inputs=N, outputs=["y"])
+@model("module_hook", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def module_hook() -> nn.Module:
     return Hooked()
 
@@ -607,7 +609,7 @@ def func_inside(x: Tensor) -> Tensor:
     return torch.func.grad(lambda z: (z**3 * z.sin()).sum())(x) * x
 
 
-@model("detaches", inputs=N, outputs=["y"])
+@model("detaches", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def detaches(x: Tensor) -> Tensor:
     return x.detach() ** 2 * x.sin()
 
@@ -669,7 +671,7 @@ def counting() -> nn.Module:
     return Stateful()
 
 
-@model("rescaling", inputs=N, outputs=["y"])
+@model("rescaling", inputs=N, outputs=["y"], intended=AS_WRITTEN)
 def rescaling() -> nn.Module:
     return Rescaling()
 

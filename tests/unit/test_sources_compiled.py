@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pullback_server.engine import exported
 from pullback_server.engine.sources import registration_of
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
@@ -197,6 +198,30 @@ def test_an_exported_mode_is_fixed(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b.detach())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_tied_parameters_of_an_export_are_one(strict: bool, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double().eval()
+    module[2].weight = module[0].weight
+    torch.export.save(torch.export.export(module, (X,), strict=strict), tmp_path / "model.pt2")
+    host = serve(items.make_item(tmp_path, {"kind": "pt2"}))
+    hosted = host.engine.find("m", "")
+    assert hosted.aliases == {"2.weight": "0.weight"}
+    (expected,) = torch.autograd.grad(module(X).sum(), module[0].weight)
+    (name,) = hosted.binding.names
+    given: dict[str, Any] = {"version": "3", "wrt": ["param:0.weight"], "cotangents": {"output": torch.ones_like(X)}}
+    torch.testing.assert_close(host("vjp", "m", {name: X}, **given).grads["param:0.weight"], expected)
+    with jobs.refused(Reason.BAD_NAME, "the same parameter as '0.weight'"):
+        host("vjp", "m", {name: X}, parameters={"2.weight": real(3, 3)}, **given)
+
+
+def test_ties_outlast_a_move_to_another_device(tmp_path: Path) -> None:
+    save("pt2", original(), tmp_path, X, Y)
+    program, ties, _ = exported._load(tmp_path / "model.pt2", "model 'm'", torch.device("meta"))
+    module = exported._module(program, ties)
+    assert module.a.weight is module.b.weight  # type: ignore[union-attr]
+    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
 def test_shapes_of_an_export_are_declared_for_it(tmp_path: Path) -> None:
     found = registration_of(save("pt2", original(), tmp_path, X, Y), {})
     (name, width), (other, _) = found.inputs["x"].shape, found.inputs["y"].shape  # type: ignore[misc]
@@ -265,10 +290,25 @@ class Forks(nn.Module):
         return torch.jit.wait(torch.jit.fork(torch.sin, x))  # type: ignore[no-any-return]
 
 
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = torch.zeros(3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.count = self.count + 1
+        self.before = self.before + x
+        return x * self.before * self.count
+
+
 def test_torchscript_that_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(torch.jit.script(Forks()), path)
     refuses(tmp_path, "torchscript", "torch.jit.fork")
+    torch.jit.save(torch.jit.script(Remembers()), path)
+    refuses(tmp_path, "torchscript", "changes its 'before',")
     torch.jit.save(torch.jit.script(Flagged()), path)
     refuses(tmp_path, "torchscript", "'flag'", "bool")
 
@@ -374,6 +414,38 @@ def test_what_cannot_be_done_is_refused_in_sessions(tmp_path: Path) -> None:
     session = tape.Session(registration_of(save("script", Keeps(), tmp_path), {}))
     with tape.refused(Reason.UNSUPPORTED_BY_MODEL, "'layer.weight'", "'kept'"):
         session.model("m", {"x": session.leaf(X)}, parameters={"layer.weight": session.leaf(real(3, 3))})
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 3).double()
+        self.two = self.one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.sin(self.one(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_module_at_two_places(kind: str, tmp_path: Path) -> None:
+    module = Twice().eval()
+    weight, local = real(3, 3).requires_grad_(), module(X).detach()
+    host = serve(save(kind, module, tmp_path, X, inputs={"x": INPUTS["x"]}))
+    x = torch.nn.functional.linear(torch.sin(torch.nn.functional.linear(X, weight, module.one.bias)), weight)
+    (expected,) = torch.autograd.grad(x.sum(), weight)
+    for _ in range(2):
+        reply = host(
+            "vjp",
+            "m",
+            {"x": X},
+            version="3",
+            wrt=["param:one.weight"],
+            parameters={"one.weight": weight},
+            cotangents={"output": torch.ones_like(X)},
+        )
+        torch.testing.assert_close(reply.grads["param:one.weight"], expected)
+        # Of what was given nothing stays.
+        torch.testing.assert_close(host("evaluate", "m", {"x": X}, version="3").outputs["output"], local)
 
 
 class Part(nn.Module):

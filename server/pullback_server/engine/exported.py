@@ -42,8 +42,8 @@ class _Once:
     def __call__(self) -> nn.Module:
         module, self.first = self.first, None
         if module is None:
-            program, _ = _load(self.path, self.owner, self.device)
-            module = _module(program)
+            program, ties, _ = _load(self.path, self.owner, self.device)
+            module = _module(program, ties)
         return module
 
 
@@ -52,11 +52,11 @@ def load_exported(name: str, path: Path, owner: str, device: torch.device) -> Re
 
     Raises LoadError for what is no such file, and for programs whose derivatives would not be the model's.
     """
-    program, told = _load(path, owner, device)
+    program, ties, told = _load(path, owner, device)
     where = f"{owner}: {path.name}"
     _check_kind(program, where)
     inputs = _inputs(program, where)
-    first = _module(program)
+    first = _module(program, ties)
     for key, one in told.get("inputs", {}).items():
         if key in inputs:
             # The names of its free extents, and bounds, are not in the graph.
@@ -73,8 +73,8 @@ def load_exported(name: str, path: Path, owner: str, device: torch.device) -> Re
     )
 
 
-def _load(path: Path, owner: str, device: torch.device) -> tuple[ExportedProgram, dict[str, Any]]:
-    """The program, on its device, and what our exporter said of it (nothing: empty). Raises LoadError."""
+def _load(path: Path, owner: str, device: torch.device) -> tuple[ExportedProgram, dict[str, str], dict[str, Any]]:
+    """The program, on its device; its ties; and what our exporter said of it (nothing: empty). Raises LoadError."""
     where = f"{owner}: {path.name}"
     if not path.is_file():
         raise LoadError(f"{where}: no such file")
@@ -83,6 +83,7 @@ def _load(path: Path, owner: str, device: torch.device) -> tuple[ExportedProgram
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(path, extra_files=extra)
+            ties = _ties(program)
             if device.type != "cpu" or _devices(program) - {"cpu"}:
                 # Graphs name the device of what they create.
                 program = move_to_device_pass(program, str(device))
@@ -91,9 +92,9 @@ def _load(path: Path, owner: str, device: torch.device) -> tuple[ExportedProgram
         raise LoadError(f"{where}: torch.export cannot load it: {type(error).__name__}: {error}") from error
     told = extra[EXTRA]
     try:
-        return program, json.loads(told) if told else {}
+        return program, ties, json.loads(told) if told else {}
     except ValueError:
-        return program, {}
+        return program, ties, {}
 
 
 def _devices(program: ExportedProgram) -> set[str]:
@@ -148,7 +149,7 @@ def _inputs(program: ExportedProgram, where: str) -> dict[str, TensorSpec]:
     return found
 
 
-def _module(program: ExportedProgram) -> nn.Module:
+def _module(program: ExportedProgram, ties: Mapping[str, str]) -> nn.Module:
     """The module of a program, as the engine takes modules: with eval(), and nothing that `.to` does not move."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -166,7 +167,9 @@ def _module(program: ExportedProgram) -> nn.Module:
             for node in child.graph.nodes:
                 node.meta.clear()
             child.meta.clear()
-    _tie(program, module)
+    for name, first in ties.items():
+        prefix, _, key = name.rpartition(".")
+        module.get_submodule(prefix)._parameters[key] = module.get_parameter(first)
     type(module).forward.__signature__ = _signature(program)
     found: nn.Module = module
     return found
@@ -184,24 +187,24 @@ def _signature(program: ExportedProgram) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _tie(program: ExportedProgram, module: nn.Module) -> None:
-    """Makes tied parameters one again.
+def _ties(program: ExportedProgram) -> dict[str, str]:
+    """Parameters that are another one by a second name, by that name; to be asked before anything is moved.
 
     A file keeps their memory in common, but loads one object for each name, of which the graph uses one: a gradient by
     another would be missing, and what is given for it would do nothing.
     """
     users = {node.name: bool(node.users) for node in program.graph.nodes if node.op == "placeholder"}
-    used: list[str] = []
-    unused: list[str] = []
-    for one in program.graph_signature.input_specs:
-        if one.kind is InputKind.PARAMETER and one.target is not None:
-            (used if users[one.arg.name] else unused).append(one.target)
-    at = {_memory(module.get_parameter(name)): module.get_parameter(name) for name in used}
-    for name in unused:
-        tied = at.get(_memory(module.get_parameter(name)))
-        if tied is not None:
-            prefix, _, key = name.rpartition(".")
-            module.get_submodule(prefix)._parameters[key] = tied
+    used = [
+        one.target
+        for one in program.graph_signature.input_specs
+        if one.kind is InputKind.PARAMETER and one.target is not None and users[one.arg.name]
+    ]
+    at = {_memory(program.state_dict[name]): name for name in used}
+    return {
+        name: at[_memory(tensor)]
+        for name, tensor in program.state_dict.items()
+        if isinstance(tensor, nn.Parameter) and name not in used and _memory(tensor) in at
+    }
 
 
 def _memory(tensor: torch.Tensor) -> Any:

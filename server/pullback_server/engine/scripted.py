@@ -147,6 +147,11 @@ def _check(module: Any, where: str) -> None:
             f"{where}: it was made for inference alone (torch.jit.optimize_for_inference, quantisation): "
             f"{listed(found)} do not pass gradients on; save it as torch.jit.script returns it"
         )
+    if changed := _changed(module):
+        raise LoadError(
+            f"{where}: running it changes its {listed(changed)}, which would lead from one caller to the next; keep what "
+            "changes in buffers, or take it as an input and return it"
+        )
     if "prim::fork" in kinds:
         raise LoadError(
             f"{where}: it runs parts of itself in other threads (torch.jit.fork), where its execution cannot be kept "
@@ -158,6 +163,18 @@ def _kinds(module: Any) -> set[str]:
     # A node is one only as long as its graph is held.
     graph = module.inlined_graph
     return {node.kind() for node in _nodes(graph)}
+
+
+def _changed(module: Any) -> list[str]:
+    """The attributes, other than buffers, that its forward assigns to."""
+    buffers = {name.rpartition(".")[2] for name, _ in module.named_buffers()}
+    graph = module.inlined_graph
+    found = set()
+    for node in _nodes(graph):
+        # A no_grad block is an object as well, which remembers the mode before.
+        if node.kind() == "prim::SetAttr" and "grad_mode" not in str(next(iter(node.inputs())).type()):
+            found.add(node.s("name"))
+    return sorted(found - buffers)
 
 
 def _nodes(block: Any) -> Iterator[Any]:

@@ -58,10 +58,12 @@ def load_weights(module: nn.Module, path: Path, owner: str, *, allow_pickle: boo
 def _read(path: Path, where: str, allow_pickle: bool) -> Tensors:
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise LoadError(f"{where}: cannot be read: {error.strerror}") from error
-    if start.startswith(_PICKLES):
+    # A safetensors file begins with the length of its header, which may be anything, and then the header, which is JSON.
+    header = path.suffix == ".safetensors" and start.endswith(b"{") and len(start) == 9
+    if start.startswith(_PICKLES) and not header:
         if allow_pickle:
             return _read_pickle(path, where)
         raise LoadError(
