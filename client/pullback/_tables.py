@@ -22,7 +22,7 @@ def described(info: ModelInfo) -> str:
     facts = _identity(info)
     if info.state != "ready":
         parts = [info.name, columns(facts, "  ")]
-        return "\n".join(parts + _section("versions", info.version_statuses))
+        return "\n".join(parts + _section("versions", _versions(info)))
     facts += [
         ("gradients", f"{orders}; jvp {jvp}"),
         ("evidence", info.order_evidence or "none given"),
@@ -47,7 +47,7 @@ def described(info: ModelInfo) -> str:
     parts += _section("checks at load", info.checks)
     parts += _section("limits", info.limits)
     if len(info.version_statuses) > 1:
-        parts += _section("versions", info.version_statuses)
+        parts += _section("versions", _versions(info))
     return "\n".join(parts)
 
 
@@ -68,6 +68,10 @@ def stated(one: ModelInfo | VersionInfo) -> str:
     """A state and its reason, on one line."""
     reason = " ".join((one.state_reason if isinstance(one, ModelInfo) else one.reason).split())
     return f"{one.state}: {reason}" if reason else one.state
+
+
+def _versions(info: ModelInfo) -> list[str]:
+    return [f"{one.version}: {stated(one)}" for one in info.version_statuses]
 
 
 def sized(count: int) -> str:

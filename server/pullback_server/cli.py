@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return _check(args[1:])
     if args[:1] == ["export"]:
         # In a process of its own: this one loads no torch.
-        return subprocess.call([sys.executable, "-m", "pullback_server.engine.exporting", *args[1:]])
+        command = [sys.executable, "-W", "ignore::FutureWarning:torch", "-W", "ignore::FutureWarning:copyreg"]
+        return subprocess.call([*command, "-m", "pullback_server.engine.exporting", *args[1:]])
     if args[:1] == ["key"]:
         return _key(args[1:])
     if args in (["--version"], ["version"]):

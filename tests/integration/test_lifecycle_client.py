@@ -137,10 +137,11 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 @pytest.fixture
 def client(rig: Rig) -> Iterator[pb.Client]:
     """Version 1 of "scale" is in service, and that alone."""
-    rig.client.load_model("scale", 1) if "1" not in _versions(rig.client) else None
+    if "1" not in _versions(rig.client):
+        rig.client.load_model("scale", 1)
     for one in _versions(rig.client) - {"1"}:
         rig.client.unload_model("scale", one)
-    until(lambda: all(one.state == "ready" for one in rig.client.model("scale").info.version_statuses))
+    until(lambda: all(one.state != "unloading" for one in rig.client.model("scale").info.version_statuses))
     yield rig.client
 
 
@@ -381,9 +382,8 @@ class TestUploads:
         stream.seek(4)
         client.upload_weights("scale", stream, "12", architecture_version=1)
         assert factor(client.model("scale", 12)) == 12.0
-        assert rig.left() == [
-            f"scale/{n}/{name}" for n in (10, 11, 12) for name in ("upload.json", "weights.safetensors")
-        ]
+        files = ("upload.json", "weights.safetensors")
+        assert rig.left() == [f"scale/{number}/{file}" for number in (10, 11, 12) for file in files]
         with pytest.raises(FileExistsError, match="10 already") as caught:
             client.upload_weights("scale", weights(1.0), 10)
         assert caught.value.reason == "VERSION_EXISTS"
@@ -585,9 +585,7 @@ class TestCommand:
         assert main([*arguments, "--target", rig.target]) == 1
         assert "60 already" in capsys.readouterr().err
 
-    def test_models_that_failed_are_listed(
-        self, rig: Rig, client: pb.Client, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_models_that_failed_are_listed(self, rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["models", "--target", rig.target]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert ["broken", "1", "failed", "-", "-"] in [line.split() for line in lines]

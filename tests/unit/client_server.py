@@ -94,6 +94,9 @@ class Fake:
         self.health = b"\x08\x01"
         self.delay = 0.0
         self.outputs_known = True
+        #: What is told of each model beside its signature; and what answers say of themselves.
+        self.told: dict[str, Any] = {}
+        self.answers_as = ("2", 0)
         self.cancelled = threading.Event()
         self.target = ""
 
@@ -124,8 +127,14 @@ class Fake:
             return model_service_pb2.ListModelsResponse(models=models).SerializeToString()
         if method.name == "GetModel":
             return model_service_pb2.GetModelResponse(model=self.model(message.name)).SerializeToString()
+        if method.name in ("LoadModel", "UnloadModel"):
+            answer = method.response()
+            if method.name == "LoadModel":
+                answer.model.CopyFrom(self.model(message.name))
+            return answer.SerializeToString()
         writer = TensorWriter()
         answer = _MODELS[message.function.model](seen, writer)
+        answer.model_version, answer.model_revision = self.answers_as
         return encode_message(answer, writer.payloads)
 
     def model(self, name: str) -> model_service_pb2.Model:
@@ -152,7 +161,24 @@ class Fake:
         model.inputs[0].dtype = tensor_pb2.DTYPE_FLOAT64
         model.inputs[0].any_shape = False
         model.inputs[0].shape.add(symbol="n")
+        for told, value in self.told.items():
+            if isinstance(value, list):
+                model.ClearField(told)
+                getattr(model, told).extend(value)
+            else:
+                setattr(model, told, value)
         return model
+
+    def take(self, parts: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        """UploadWeights."""
+        received = [model_service_pb2.UploadWeightsRequest.FromString(next(parts))]
+        seen = Seen("UploadWeights", received, dict(context.invocation_metadata()))
+        self.seen.append(seen)
+        if self.failures:
+            self.failures.pop(0).abort(context)
+        received += map(model_service_pb2.UploadWeightsRequest.FromString, parts)
+        answer = model_service_pb2.UploadWeightsResponse(model=self.model(received[0].header.model))
+        return answer.SerializeToString()
 
 
 def _gradients(writer: TensorWriter, arrays: dict[str, np.ndarray[Any, Any] | None]) -> list[pb.Gradient]:
@@ -270,6 +296,8 @@ def serving(fake: Fake, *, credentials: Any = None, address: str = "127.0.0.1:0"
     for methods in (GRADIENT_METHODS, MODEL_METHODS):
         service = next(iter(methods.values())).service
         handlers = {name: handler(method) for name, method in methods.items()}
+        if methods is MODEL_METHODS:
+            handlers["UploadWeights"] = grpc.stream_unary_rpc_method_handler(fake.take)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     checks = {"Check": grpc.unary_unary_rpc_method_handler(check)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", checks),))

@@ -1,6 +1,8 @@
 """RemoteModel's methods: names, structures of what goes in and what comes back, and what travels."""
 
 import math
+import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from tests.unit.client_server import Fake, serving
 
 import pullback as pb
 from pullback_wire import GRADIENT_METHODS, encode_message
-from pullback_wire.v1 import function_pb2, tensor_pb2
+from pullback_wire.v1 import function_pb2, model_service_pb2, tensor_pb2
 from pullback_wire.v1 import gradient_service_pb2 as wire
 
 X = np.array([1.0, -2.0, 3.0])
@@ -365,3 +367,82 @@ def test_every_method_of_the_service_is_reachable(client: pb.Client, fake: Fake)
     square = client.model("square")
     square.evaluate(X), square.vjp(X, V), square.jvp(X, V), square.hvp(X, V), square.jacobian(X), square.hessian(X)
     assert {seen.method for seen in fake.seen} == {*GRADIENT_METHODS, "GetModel"}
+
+
+class TestWhichVersionAnswered:
+    """Named results say it; the signature is asked for anew when another version than its own answers."""
+
+    @pytest.fixture(autouse=True)
+    def afterwards(self, fake: Fake) -> Iterator[None]:
+        yield
+        fake.answers_as, fake.told = ("2", 0), {}
+
+    def test_named_results_say_it_and_stay_tuples(self, client: pb.Client, fake: Fake) -> None:
+        fake.answers_as = ("7", 3)
+        square = client.model("square")
+        results = {
+            2: [square.vjp(X, V), square.value_and_grad(X, loss="mse_loss", target=V), square.jvp(X, V)],
+            4: [square.hvp(X, V)],
+            3: [square.hessian(X, return_outputs=True)],
+        }
+        results[2].append(square.jacobian(X, return_outputs=True))
+        for length, ones in results.items():
+            for one in ones:
+                assert isinstance(one, tuple) and len(one) == length
+                assert (one.model_version, one.model_revision) == ("7", 3)
+                back = pickle.loads(pickle.dumps(one))
+                assert type(back) is type(one) and back.model_revision == 3
+        assert isinstance(square.evaluate(X), np.ndarray)
+        assert pb.VjpResult(1, 2).model_version == "" and pb.VjpResult(1, 2).norm is None
+
+    def test_a_signature_is_kept_until_another_version_answers(self, client: pb.Client, fake: Fake) -> None:
+        square = client.model("square")
+        square.evaluate(X)
+        square.evaluate(X)
+        assert fake.calls("GetModel") == 1
+        fake.answers_as, fake.told = ("2", 1), {"revision": 1}
+        square.evaluate(X)
+        assert fake.calls("GetModel") == 2
+        assert square.info.revision == 1
+        square.evaluate(X)
+        assert fake.calls("GetModel") == 2
+
+    def test_a_call_by_position_is_not_another_call_after_a_replacement(self, client: pb.Client, fake: Fake) -> None:
+        pair = client.model("pair")
+        pair.evaluate((X, 1))
+        specs = [tensor_pb2.TensorSpec(name=name, any_shape=True) for name in ("index", "x")]
+        fake.answers_as, fake.told = ("3", 0), {"version": "3", "inputs": specs}
+        with pytest.raises(pb.errors.BadName, match="replaced by version 3"):
+            pair.evaluate((X, 1))
+        pair.evaluate((1, X))
+        assert list(fake.seen[-1].tensors["inputs"]) == ["index", "x"]
+        pair.evaluate({"x": X, "index": 1})
+
+    @pytest.mark.parametrize(
+        ("state", "kind"),
+        [("FAILED", pb.errors.ModelNotFound), ("UNLOADING", pb.errors.ModelNotFound), ("LOADING", pb.errors.NotReady)],
+    )
+    def test_a_model_that_is_not_ready(self, server: Fake, fake: Fake, state: str, kind: type[Exception]) -> None:
+        fake.told = {
+            "state": model_service_pb2.ModelState.Value(f"MODEL_STATE_{state}"),
+            "state_reason": "for a reason", "inputs": [], "outputs": [], "parameters": [],
+        }  # fmt: skip
+        with pb.connect(server.target, retry=pb.RetryPolicy(attempts=1)) as client:
+            square = client.model("square")
+            assert square.info.state == state.lower()
+            assert {one.state for one in client.models()} == {state.lower()}
+            assert "for a reason" in repr(square.info)
+            with pytest.raises(kind, match=f"'square' version 2 cannot be called, it is {state.lower()}: for a reason"):
+                square.vjp(X, V)
+            fake.told = {}
+            np.testing.assert_array_equal(square.vjp(X, V).outputs, X**2)
+
+    def test_a_model_that_is_being_loaded_is_waited_for(self, client: pb.Client, fake: Fake) -> None:
+        fake.told = {"state": model_service_pb2.MODEL_STATE_LOADING}
+        ready = threading.Timer(0.3, fake.told.clear)
+        ready.start()
+        try:
+            np.testing.assert_array_equal(client.model("square").evaluate(X), X**2)
+        finally:
+            ready.join()
+        assert fake.calls("GetModel") == 2

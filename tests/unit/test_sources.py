@@ -371,6 +371,20 @@ def test_weights(tied: Path, kind: str, both: bool) -> None:
         torch.testing.assert_close(reply.grads[f"param:{name}"], grad)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "upload"])
+def test_a_header_whose_length_begins_like_a_pickle(tied: Path, suffix: str) -> None:
+    values = state()
+    for size in range(0, 400, 8):
+        save_file(values, tied / f"weights.{suffix}", metadata={"note": "x" * size})
+        if (tied / f"weights.{suffix}").read_bytes()[:1] == b"\x80":
+            break
+    else:
+        raise AssertionError("no header is of such a length")
+    x = real(2, 3)
+    item = make_item(tied, {"object": "Net"}, inputs=X, weights=str(tied / f"weights.{suffix}"))
+    torch.testing.assert_close(evaluate(item, x), expected(values, x))
+
+
 def test_weights_into_a_model_on_the_meta_device(tied: Path) -> None:
     values = state()
     save_file(values, tied / "weights.safetensors")
@@ -384,6 +398,28 @@ def test_weights_into_a_model_on_the_meta_device(tied: Path) -> None:
     assert hosted.natural == {"a.weight": True, "a.bias": True, "b.bias": False}
     assert hosted.aliases == {"b.weight": "a.weight"}
     fails(make_item(tied, {"object": "lost"}), "1 stay on the meta device", "'made'", build=True)
+
+
+def test_views_of_weights_see_what_is_loaded(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        model="""
+        from torch import nn
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(3, 3).double()
+                self.turned = self.layer.weight.detach().t()
+            def forward(self, x):
+                return self.layer(x) @ self.turned
+        """,
+    )
+    values = {"layer.weight": real(3, 3), "layer.bias": real(3)}
+    save_file(values, tmp_path / "weights.safetensors")
+    x = real(2, 3)
+    local = torch.nn.functional.linear(x, values["layer.weight"], values["layer.bias"]) @ values["layer.weight"].t()
+    found = registration_of(make_item(tmp_path, {"object": "Net"}), {})
+    torch.testing.assert_close(found.target()(x).detach(), local)
 
 
 def test_weights_are_shared_until_they_are_written_to(tied: Path) -> None:

@@ -346,6 +346,11 @@ def test_torchscript_that_keeps_a_parameter_twice_can_be_given_none(tmp_path: Pa
         host("vjp", "m", {"x": X}, wrt=["x"], **given)
     reply = host("vjp", "m", {"x": X}, wrt=["param:layer.weight"], cotangents={"output": X}, version="3")
     torch.testing.assert_close(reply.grads["param:layer.weight"], X.T @ X)
+    values = {"layer.weight": real(3, 3), "layer.bias": real(3)}
+    save_file(values, tmp_path / "uploaded")
+    host = serve(items.make_item(tmp_path, {"kind": "torchscript"}, weights=str(tmp_path / "uploaded")))
+    local = X @ values["layer.weight"].T + values["layer.bias"] + X @ values["layer.weight"]
+    torch.testing.assert_close(host("evaluate", "m", {"x": X}, version="3").outputs["output"], local)
 
 
 def test_a_traced_module(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Precision:
 
 
 #: By the bytes of a real number. A kink within one step is not within a smaller one; a wrong derivative always differs.
-DOUBLE = Precision((1e-5, 1e-6, 1e-4, 1e-7, 1e-3), 1e-5, 1e-14)
+DOUBLE = Precision((1e-5, 1e-6, 1e-4, 1e-7, 1e-3), 1e-6, 1e-14)
 SINGLE = Precision((1e-2, 3e-2, 3e-3, 1e-1), 5e-3, 5e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from pullback_server.job import GradRef, Outcome
 _POINTS = 3
 #: Parameters are moved in at most so many groups.
 _GROUPS = 4
+#: A promise needs no more than this.
+_DOUBLE = replace(DOUBLE, tolerance=1e-5)
 
 
 class OrderTrial(Trial):
@@ -108,12 +111,12 @@ class OrderTrial(Trial):
             expected = paired(derived(outcome), values, s)
             seen: list[float] = []
             difference = _watched(lambda step, s=s: self.pulled(point, s, step), seen)  # type: ignore[misc]
-            found = slope(expected, here, size, difference, DOUBLE)
+            found = slope(expected, here, size, difference, _DOUBLE)
             if found.right:
                 continue
             if not all(map(math.isfinite, (expected, *seen))):
                 return False
-            first = (seen[0] - seen[1]) / (2 * DOUBLE.steps[0])
+            first = (seen[0] - seen[1]) / (2 * _DOUBLE.steps[0])
             raise Failed(
                 f"along {next(iter(moving))} the second derivative is {expected:.6g}, "
                 f"finite differences give {first:.6g}"
@@ -124,7 +127,7 @@ class OrderTrial(Trial):
         """Whether <J^H v, t> is the derivative of <v, y> along t."""
         outputs = [GradRef(ref.name, ref) for ref in outcome.outputs]
         here, size = (paired(outputs, values, point.v, absolute) for absolute in (False, True))
-        return bool(slope(expected, here, size, lambda step: self.valued(point, point.t, step), DOUBLE).right)
+        return bool(slope(expected, here, size, lambda step: self.valued(point, point.t, step), _DOUBLE).right)
 
 
 def _watched(value: Callable[[float], float], seen: list[float]) -> Callable[[float], float]:

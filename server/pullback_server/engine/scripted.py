@@ -149,8 +149,8 @@ def _check(module: Any, where: str) -> None:
         )
     if changed := _changed(module):
         raise LoadError(
-            f"{where}: running it changes its {listed(changed)}, which would lead from one caller to the next; keep what "
-            "changes in buffers, or take it as an input and return it"
+            f"{where}: running it changes its {listed(changed)}, which would lead from one caller to the next; keep "
+            "what changes in buffers, or take it as an input and return it"
         )
     if "prim::fork" in kinds:
         raise LoadError(

@@ -2,7 +2,8 @@
 
 A safetensors file is mapped, not read: workers on one machine share its pages until somebody writes into a tensor, and
 what is written is the writer's own. Parameters stay the objects that the factory made, with their hooks, ties and
-whether they require grad; only their memory is another. Modules' own hooks for load_state_dict are not run.
+whether they require grad; only their memory is another, or filled where views of it are kept. Modules' own hooks for
+load_state_dict are not run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Tensors = dict[str, torch.Tensor]
 _MOST = 10
 #: How files begin that torch.save wrote: a zip archive; before torch 1.6, a pickle.
 _PICKLES = (b"PK\x03\x04", b"\x80")
+#: Bytes of JSON that safetensors reads at most.
+_LONGEST_HEADER = 100_000_000
 _WRAPPED = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -61,9 +64,9 @@ def _read(path: Path, where: str, allow_pickle: bool) -> Tensors:
             start = file.read(9)
     except OSError as error:
         raise LoadError(f"{where}: cannot be read: {error.strerror}") from error
-    # A safetensors file begins with the length of its header, which may be anything, and then the header, which is JSON.
-    header = path.suffix == ".safetensors" and start.endswith(b"{") and len(start) == 9
-    if start.startswith(_PICKLES) and not header:
+    # A safetensors file begins with the length of its header, whose first byte may be that of a pickle, and then JSON.
+    is_header = start.endswith(b"{") and len(start) == 9 and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+    if start.startswith(_PICKLES) and not is_header:
         if allow_pickle:
             return _read_pickle(path, where)
         raise LoadError(
@@ -180,13 +183,25 @@ def _some(names: Iterable[object]) -> str:
 def _give(own: torch.Tensor, tensor: torch.Tensor, places: list[tuple[nn.Module, str]]) -> None:
     """Lets a parameter or buffer lie where a tensor does."""
     if not own.is_meta:
-        own.data = tensor
+        if _is_looked_at(own):
+            # A view that the model keeps (a transposed weight, say) must see the new values.
+            own.data.copy_(tensor)
+        else:
+            own.data = tensor
         return
     # What is on the meta device stays there, so another takes its place, wherever it is.
     made = nn.Parameter(tensor, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else tensor
     for place, key in places:
         # Not into the dictionary: recurrent modules also keep a list of their weights.
         setattr(place, key, made)
+
+
+def _is_looked_at(own: torch.Tensor) -> bool:
+    """Whether other tensors lie in the same memory."""
+    storage: Any = own.untyped_storage()
+    count: Any = torch._C._storage_Use_Count
+    # One user is the tensor, one is `storage`.
+    return bool(count(storage._cdata) > 2)
 
 
 def _check_nothing_is_meta(module: nn.Module, where: str) -> None:

@@ -15,11 +15,14 @@ CHECKS = ("gradient", "second", "rows", "determinism", "purity")
 class Gate:
     """Which checks a model must pass to be loaded.
 
-    enabled: None: where the source is Python and every input that must be given declares its shape.
+    enabled: None: where the source is Python and every input that must be given declares its shape. False: no check
+        but that of rows, which merging rests on.
     intended: checks that the model fails on purpose, each with the reason: {"gradient": "straight-through: rounds
-        forward, passes the gradient on unchanged"}. What is not true of the model is refused as well.
+        forward, passes the gradient on unchanged"}. Of a model made of torch's own modules alone, "gradient" or
+        "second" is refused where it passes all the same; of others it is kept, for samples cannot show that it is
+        never true. "gradient" covers second derivatives as well.
     points: random inputs at which derivatives are compared.
-    seconds: what may be spent on the comparison; what was not reached by then is reported as skipped.
+    seconds: what may be spent on all of it but rows; what was not reached by then is reported as skipped.
 
     Raises ValueError for values that cannot be.
     """
