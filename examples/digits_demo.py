@@ -1,9 +1,11 @@
 """The main job, end to end: train a classifier that lives on a server, from a client that has no torch.
 
 The weights and the optimiser are this program's; each step sends the weights along and gets loss and gradients back.
-Afterwards the gradient with respect to the *input* shows which pixels a decision hangs on. Writes out/demo.png.
+Afterwards the gradient with respect to the *input* shows which pixels a decision hangs on. Writes out/demo.png, and the
+trained model into a repository, out/models, from which it can be served.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from publishing import publish
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -130,6 +133,15 @@ def picture(losses: list[float], x: np.ndarray[Any, Any], saliency: np.ndarray[A
     return path
 
 
+def published(weights: Arrays) -> Path:
+    """The trained model as the next version in a repository: its code, a manifest without any key, and the weights."""
+    folder = OUT / "models" / "digits"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "models" / "digits.py", folder / "model.py")
+    (folder / "model.toml").touch()
+    return publish(folder, weights)
+
+
 def main() -> None:
     train_x, train_y, test_x, test_y = data()
     with Server(HERE / "models" / "digits.py") as server, pb.connect(server.target) as client:
@@ -164,6 +176,7 @@ def main() -> None:
     print(f"picture {path}")
     if after < 0.95:
         raise SystemExit(f"accuracy {after:.3f} is below 0.95")
+    print(f"model {published(weights)}; serve it with: pullback-server serve --repository {OUT / 'models'}")
 
 
 if __name__ == "__main__":

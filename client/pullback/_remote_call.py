@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pullback import errors
@@ -28,11 +28,11 @@ def call_model(
     max_order: int | None,
 ) -> Tensor | dict[str, Tensor]:
     """See RemoteModel.__call__."""
-    named = _named(caller, args, kwargs)
     given = {name: value for name, value in dict(parameters or {}).items() if value is not None}
     model = (caller.name, caller.version)
-    values = [*named.values(), *given.values()]
+    values = [*args, *kwargs.values(), *given.values()]
     session = choose_session([one for one in values if isinstance(one, Tensor)], caller.transport, model)
+    named = _named(caller, args, kwargs, lambda: session_signature(caller, session))
     taken = session.model_parameters.get(model, {})
     if not taken and not given and model in lost_parameters(caller.transport) and is_default(session, caller.transport):
         raise errors.SessionLost(
@@ -44,7 +44,7 @@ def call_model(
     inputs = {name: arguments.operand(value, f"inputs[{name!r}]") for name, value in named.items()}
     more = {name: arguments.operand(value, f"parameters[{name!r}]") for name, value in given.items()}
     function = function_pb2.Function(model=caller.name, version=caller.version)
-    names = [one.name for one in caller.signature().outputs] if session.pipelined else []
+    names = [one.name for one in session_signature(caller, session).outputs] if session.pipelined else []
     try:
         outputs = run(
             session,
@@ -67,11 +67,29 @@ def call_model(
     }
 
 
-def _named(caller: Caller, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names of the model's code. Raises TypeError as a Python function does."""
+def session_signature(caller: Caller, session: Session) -> ModelInfo:
+    """As it is when the session first uses the model: a session keeps its version, whatever comes into service."""
+    model = (caller.name, caller.version)
+    found = session.signatures.get(model)
+    if found is None:
+        caller.forget()
+        found = session.signatures.setdefault(model, caller.signature())
+    return found
+
+
+def _named(
+    caller: Caller,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    signature: Callable[[], ModelInfo] | None = None,
+) -> dict[str, Any]:
+    """Arguments by the names of the model's code. Raises TypeError as a Python function does.
+
+    signature: asked where arguments are given by position; None: the caller's.
+    """
     named: dict[str, Any] = {}
     if args:
-        names = [spec.name for spec in caller.signature().inputs]
+        names = [spec.name for spec in (signature or caller.signature)().inputs]
         if len(args) > len(names):
             takes = ", ".join(map(repr, names)) or "none"
             raise TypeError(f"model {caller.name!r} takes {len(names)} inputs ({takes}), {len(args)} are given")
@@ -89,7 +107,7 @@ def take_parameters(caller: Caller, session: Session | None) -> dict[str, Tensor
     session = session_now(caller.transport, model) if session is None else session
     taken = session.model_parameters.get(model)
     if taken is None:
-        info: ModelInfo = caller.signature()
+        info = session_signature(caller, session)
         # Others, quantised ones for example, have no gradients; calls use the hosted ones.
         specs = [one for one in info.parameters if one.dtype and one.dtype.startswith(("float", "bfloat", "complex"))]
         names = [spec.name for spec in specs]

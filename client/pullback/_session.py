@@ -27,6 +27,7 @@ from pullback_wire.v1 import function_pb2
 from pullback_wire.v1 import session_service_pb2 as pb
 
 if TYPE_CHECKING:
+    from pullback._info import ModelInfo
     from pullback._tensor import Tensor
 
 __all__ = ["HandleInfo", "Keep", "Pending", "Session", "current"]
@@ -82,6 +83,8 @@ class Session:
         self._tokens: dict[int, list[contextvars.Token[Session | None]]] = {}
         #: Parameters that were taken, by model and version: later calls of the model use them.
         self.model_parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
+        #: Signatures by model and version, as they were when the session first used them.
+        self.signatures: dict[tuple[str, str], ModelInfo] = {}
         #: Tensors that keep their grad though they are no leaves, by id.
         self.retained: dict[int, weakref.ref[Tensor]] = {}
         #: Leaves that were written into other tensors in place, where a graph may lead without the client's knowledge

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from pullback_server import Server
@@ -66,3 +67,12 @@ def test_wgan_gp() -> None:
     estimates = re.findall(r"Wasserstein estimate (-?\d\.\d+)", done.stdout)
     assert len(estimates) == 2, done.stdout
     assert float(estimates[1]) > float(estimates[0])
+
+
+@pytest.mark.slow
+def test_train_digits_conv(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "train_digits_conv.py"), "--repository", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"accuracy 0\.9[5-9]\d when served", done.stdout)
+    assert (tmp_path / "digits-conv" / "1" / "weights.safetensors").exists()

@@ -63,6 +63,13 @@ class Slow(nn.Module):
             time.sleep(1.5)
         return x * x
 """
+TURNED = """
+from pullback_server import model
+
+@model("turned")
+def turned({}):
+    return a / b
+"""
 BROKEN = "raise RuntimeError('no luck today')\n"
 STARTED = """
 from pullback_server import model
@@ -345,6 +352,26 @@ class TestLoading:
         with client.session():
             assert float(scale(client.tensor(X))[0, 0].item()) == two
         until(lambda: client.model("scale").info.version_statuses[0].version == "2")
+
+    def test_positions_in_a_session_mean_what_they_meant(self, rig: Rig, client: pb.Client) -> None:
+        """The next version has its inputs the other way round."""
+        folder = rig.folder / "repository/turned"
+        rig.put("turned", TURNED.format("a, b"), "[versions]\nlatest = 1\n", 1)
+        client.load_model("turned")
+        turned = client.model("turned")
+        with client.session():
+            six, two = client.tensor(6.0), client.tensor(2.0)
+            assert turned(six, two).item() == 3.0
+            (folder / "model.py").write_text(TURNED.format("b, a"))
+            (folder / "2").mkdir()
+            assert client.load_model("turned").version == "2"
+            assert turned(six, two).item() == 3.0
+            with pytest.raises(errors.BadName, match="replaced by version 2"):
+                turned.evaluate((6.0, 2.0))
+            assert float(turned.evaluate((6.0, 2.0))) == pytest.approx(1 / 3)
+            assert turned(six, two).item() == 3.0
+        with client.session():
+            assert turned(client.tensor(6.0), client.tensor(2.0)).item() == pytest.approx(1 / 3)
 
     def test_signatures_follow_the_version_that_answers(self, rig: Rig, client: pb.Client) -> None:
         scale = client.model("scale")

@@ -15,6 +15,7 @@ from pullback._frames import Keep, Operand
 from pullback._info import ModelInfo, TensorInfo
 from pullback._lineage import Ref
 from pullback._model import RemoteModel
+from pullback._remote_call import session_signature
 from pullback._session import Session
 from pullback.torch._convert import same_bits, to_torch
 
@@ -74,7 +75,7 @@ def mirror(root: nn.Module, session: Session, model: RemoteModel, wanted: Sequen
 
     Raises BadName for a name or glob that matches none, PullbackError.
     """
-    for group in _groups(_chosen(model._caller.signature(), wanted)):
+    for group in _groups(_chosen(session_signature(model._caller, session), wanted)):
         names = [spec.name for spec in group]
         refs = [Ref(session, handle) for handle in session.parameters(model.name, model.version, names)]
         for name, ref, array in zip(names, refs, session.get([ref.handle for ref in refs]), strict=True):

@@ -14,9 +14,10 @@ from pullback import errors
 from pullback._arrays import Array, as_array
 from pullback._current import session_now
 from pullback._frames import Operand
+from pullback._info import ModelInfo
 from pullback._lineage import Ref
 from pullback._model import RemoteModel
-from pullback._remote_call import _named
+from pullback._remote_call import _named, session_signature
 from pullback._session import Session
 from pullback._tensor import Tensor as ServerTensor
 from pullback.torch._mirror import Copies, mirror
@@ -149,8 +150,11 @@ class _Remote:
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor | Array]:
         """Arguments by name. Raises TypeError."""
-        named = _named(self.model._caller, args, kwargs)
+        named = _named(self.model._caller, args, kwargs, self._signature)
         return {name: _as_input(value, name) for name, value in self._autocast(named).items()}
+
+    def _signature(self) -> ModelInfo:
+        return session_signature(self.model._caller, self.session())
 
     def _autocast(self, named: dict[str, Any]) -> dict[str, Any]:
         declared = None
@@ -158,11 +162,7 @@ class _Remote:
             if not isinstance(value, torch.Tensor) or not torch.is_autocast_enabled(value.device.type):
                 continue
             if declared is None:
-                declared = {
-                    spec.name: getattr(torch, spec.dtype)
-                    for spec in self.model._caller.signature().inputs
-                    if spec.dtype
-                }
+                declared = {spec.name: getattr(torch, spec.dtype) for spec in self._signature().inputs if spec.dtype}
             wanted = declared.get(name, value.dtype)
             if value.dtype in _AUTOCAST and wanted in _AUTOCAST:
                 named[name] = value.to(wanted)

@@ -9,7 +9,7 @@ from torch import nn
 from pullback_server import model, spec
 
 
-@model("digits-conv", inputs={"image": spec("float32", ["batch", 8, 8], low=0.0, high=1.0)}, batch_axis=0)
+@model("digits-conv", inputs={"image": spec("float32", ["batch", 8, 8])}, batch_axis=0)
 class DigitsConv(nn.Module):
     """Logits of ten digits from images of 8x8 pixels in [0, 1], 0 being paper and 1 ink."""
 
@@ -23,5 +23,4 @@ class DigitsConv(nn.Module):
         # Smooth activations and mean pooling: a ReLU has no curvature, and maxima jump.
         x = nn.functional.avg_pool2d(nn.functional.silu(self.conv1(image[:, None])), 2)
         x = nn.functional.avg_pool2d(nn.functional.silu(self.conv2(x)), 2)
-        result: torch.Tensor = self.fc(x.flatten(1))
-        return result
+        return self.fc(x.flatten(1))

@@ -33,8 +33,7 @@ class Embeddings(nn.Module):
     def forward(self, words: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
         """words: [batch, seq, hidden]; types: [batch, seq]."""
         positions = self.position_embeddings(torch.arange(words.shape[1], device=words.device))
-        result: torch.Tensor = self.dropout(self.LayerNorm(words + self.token_type_embeddings(types) + positions))
-        return result
+        return self.dropout(self.LayerNorm(words + self.token_type_embeddings(types) + positions))
 
 
 class SelfAttention(nn.Module):
@@ -49,7 +48,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """x: [batch, seq, hidden]; bias: [batch, 1, 1, seq], added to the scores."""
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
         # Written out: the fused kernels of scaled_dot_product_attention have no second derivative.
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
         return (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(-2)
@@ -65,8 +66,7 @@ class Output(nn.Module):
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.LayerNorm(self.dropout(self.dense(x)) + before)
-        return result
+        return self.LayerNorm(self.dropout(self.dense(x)) + before)
 
 
 class Layer(nn.Module):
@@ -82,8 +82,7 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         x = self.attention["output"](self.attention["self"](x, bias), x)
-        result: torch.Tensor = self.output(self.activation(self.intermediate["dense"](x)), x)
-        return result
+        return self.output(self.activation(self.intermediate["dense"](x)), x)
 
 
 class Bert(nn.Module):
@@ -140,7 +139,9 @@ def from_pretrained(checkpoint: str = "") -> Bert:
         found = {name.removeprefix("bert."): one for name, one in found.items() if name.startswith("bert.")}
     # What old checkpoints have besides: a buffer that counts from 0, and other names for the norms.
     found.pop("embeddings.position_ids", None)
-    renamed = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): found[name] for name in found}
+    renamed = {
+        name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): found[name] for name in found
+    }
     # Each worker maps the file and gets its tensors as they are; nothing is made first to be overwritten.
     model.load_state_dict(renamed, assign=True)
     return model

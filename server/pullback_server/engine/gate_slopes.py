@@ -65,6 +65,7 @@ def settle(trial: Trial, variants: list[Variant], ask: Ask, points: int, late: s
 
 def _settle(trial: Trial, variant: Variant, ask: Ask, points: int, late: str) -> Told:
     right: Counter[str] = Counter()
+    near: Counter[str] = Counter()
     wrong: dict[str, list[tuple[Point, Question, Slope]]] = {}
     asked: list[str] = []
     tried, failure, done = 0, "no sample gave finite values; declare low and high of its inputs", True
@@ -86,6 +87,7 @@ def _settle(trial: Trial, variant: Variant, ask: Ask, points: int, late: str) ->
                     continue
                 found = _answer(trial, point, question)
                 right[what] += found.right is True
+                near[what] += found.near
                 if found.right is False:
                     wrong.setdefault(what, []).append((point, question, found))
         except TooLong:
@@ -98,6 +100,8 @@ def _settle(trial: Trial, variant: Variant, ask: Ask, points: int, late: str) ->
             return Told("failed", f"at {len(often)} of {tried} points", often[-1])
         if asked and not wrong and all(right[what] >= points for what in asked):
             break
+    # What nothing spoke against at any point, and what was about right, is right but for noise.
+    right.update({what: near[what] for what in asked if not right[what] and what not in wrong})
     never = [what for what in asked if not right[what]]
     if not done and (often := _worst({what: wrong[what] for what in never if what in wrong})) is not None:
         return Told("failed", f"at all of {len(often)} points", often[-1])

@@ -332,6 +332,9 @@ def _work(sock: socket.socket) -> None:
     setup = _first_message(reader)
     if setup is None:
         return
+    if setup.only_register:
+        # It serves nobody, and shall not hold up those that do.
+        os.nice(5)
     logging.basicConfig(format=f"%(asctime)s %(levelname)s {setup.name} %(name)s: %(message)s")
     try:
         engine = Engine(choose_device(setup))

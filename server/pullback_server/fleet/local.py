@@ -236,6 +236,9 @@ class LocalFleet:
                 key = (shelved.item.name, shelved.item.id)
                 try:
                     await self._install_on(worker, shelved.item, shelved.verdict)
+                    if key not in self._shelf:
+                        # It was taken out of service meanwhile.
+                        await self._forget_on(worker, *key)
                 except (LoadFailure, WorkerLost) as error:
                     self._shelf.died(worker.name, *key)
                     _log.error("worker %s holds no %s version %s: %s", worker.name, *key, error)
@@ -289,13 +292,16 @@ class LocalFleet:
 
     async def uninstall(self, model: str, id: str) -> None:
         self._shelf.take(model, id)
-        for held in self._held.values():
-            held.get(model, {}).pop(id, None)
-            if not held.get(model, True):
-                del held[model]
-        self._settle()
         # Also where it is not known to be: a worker may have been about to load it.
-        await asyncio.gather(*(worker.uninstall(model, id) for worker in self._workers))
+        await asyncio.gather(*(self._forget_on(worker, model, id) for worker in self._workers))
+
+    async def _forget_on(self, worker: LocalWorker, model: str, id: str) -> None:
+        held = self._held.get(worker.name, {})
+        held.get(model, {}).pop(id, None)
+        if not held.get(model, True):
+            del held[model]
+        self._settle()
+        await worker.uninstall(model, id)
 
 
 def _nothing() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pullback_server.faults import Fault, nearest
@@ -23,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 #: As Triton knows them: loaded at the start; changes are followed; only what is asked for.
 Mode = Literal["none", "poll", "explicit"]
+#: Looks at a repository at the start, for what is being changed just then.
+_PATIENCE = 20
+
+
+@dataclass
+class _Look:
+    """What came of a look at the repository. done: things that it asked for. unsettled: those to be tried again."""
+
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+    unsettled: list[str] = field(default_factory=list)
 
 
 class Curator:
@@ -98,12 +110,19 @@ class Curator:
                     refused.append(fault.message)
             return refused
         problems: list[str] = []
-        # A version that gives way is told of when what replaces it is there; an older one may stand in for a failure.
-        while True:
-            done, failures = await self._see(repository, at_once=True)
-            problems += failures
-            if not done:
+        look = _Look()
+        for _ in range(_PATIENCE):
+            look = await self._see(repository, at_once=True)
+            problems += look.failures
+            if look.unsettled:
+                if self._mode == "poll":
+                    return problems
+                await asyncio.sleep(max(self._settle, 0.5))
+            # A version that gives way is told of when what replaces it is there; an older one may stand in for one that
+            # failed.
+            elif not look.done:
                 return problems
+        return problems + look.unsettled
 
     # Following the repository.
 
@@ -112,9 +131,9 @@ class Curator:
             await asyncio.sleep(min(self._seconds, self._settle) if self._watch.unsettled else self._seconds)
             try:
                 while True:
-                    done, failures = await self._see(repository)
+                    look = await self._see(repository)
                     # What is being changed is looked at again in the next turn.
-                    if not done or failures:
+                    if look.unsettled or not look.done:
                         break
             except RepositoryError as error:
                 # It says nothing about the models; what is served goes on being served.
@@ -122,35 +141,30 @@ class Curator:
             except Exception:
                 logger.exception("the repository cannot be followed for now")
 
-    async def _see(self, repository: Repository, *, at_once: bool = False) -> tuple[int, list[str]]:
-        """One look at the repository, and what it asks for: how many things, and which of them were tried in vain.
-
-        Raises RepositoryError.
-        """
+    async def _see(self, repository: Repository, *, at_once: bool = False) -> _Look:
+        """One look at the repository, and what it asks for. Raises RepositoryError."""
         scan = await asyncio.to_thread(repository.scan)
-        failures = []
-        changes = self._watch.see(scan, time.monotonic(), at_once)
-        for change in changes:
-            failure = await self._do(change)
-            if failure:
-                failures.append(failure)
-        return len(changes), failures + self._tell(scan.problems())
+        look = _Look()
+        for change in self._watch.see(scan, time.monotonic(), at_once):
+            look.done += 1
+            await self._do(change, look)
+        look.failures += self._tell(scan.problems())
+        return look
 
-    async def _do(self, change: Change) -> str:
-        """Does what the repository asks for. Says why it could not be done; empty: it was."""
+    async def _do(self, change: Change, look: _Look) -> None:
+        """Does what the repository asks for, and notes why it could not be done."""
         async with self._registry.alone_with(change.name, wait=True):
             if change.kind == "remove":
                 self._registry.unload(change.name, change.version, "the repository has it no more, or others instead")
-                return ""
+                return
             try:
                 await self._registry.load(change.name, change.version, only_if_new=True)
+            except NotYet as failure:
+                self._watch.retry(change)
+                look.unsettled.append(str(failure))
             except LoadFailure as failure:
-                if isinstance(failure, NotYet) and self._mode == "poll":
-                    self._watch.retry(change)
-                else:
-                    self._watch.failed(change)
-                return str(failure)
-        return ""
+                self._watch.failed(change)
+                look.failures.append(str(failure))
 
     def _tell(self, problems: Mapping[tuple[str, str], RepositoryError]) -> list[str]:
         """Notes what is wrong in the repository, and what is not any more. Returns what is news."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pullback_server.faults import Fault, nearest
 from pullback_server.fleet.seam import Fleet, WorkerState
-from pullback_server.job import CheckRecord, Signature, SpecRecord
+from pullback_server.job import CheckRecord, Signature, SpecRecord, version_id
 from pullback_server.registry import Table, Version, VersionState
 from pullback_server.rpc.signature import SignatureView
 from pullback_wire import Reason
@@ -118,6 +118,12 @@ class Catalogue:
         if signature is None or found.state is not VersionState.READY:
             message = pb.Model(name=name, version=number)
             self._status(message, found)
+            coming = version_id(number, self.table.next_revision(name, number))
+            message.placements.extend(
+                pb.Placement(worker=worker.name, device=worker.device, state=pb.MODEL_STATE_LOADING)
+                for worker in self._fleet.workers
+                if worker.changing(name, coming)
+            )
             return message
         return self.describe(signature, parameters=parameters)
 

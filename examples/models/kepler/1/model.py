@@ -46,5 +46,4 @@ class Solve(torch.autograd.Function):
 @model("kepler")
 def kepler(mean: torch.Tensor, eccentricity: torch.Tensor) -> torch.Tensor:
     """The eccentric anomaly E of each orbit, from its mean anomaly and eccentricity, 0 <= e < 1."""
-    result: torch.Tensor = Solve.apply(mean, eccentricity)
-    return result
+    return Solve.apply(mean, eccentricity)

@@ -16,14 +16,11 @@ CUTOFF = REACH * SIGMA
 def bonds(positions: torch.Tensor, box: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs closer than the cutoff, each from both ends: the index of the first atom [n], and the vector [n, 3]
     from it to the second one or to a periodic image of it, in units of SIGMA."""
-    edges = box.tolist()
-    if min(edges) < 2:
-        raise ValueError(f"box has an edge of {min(edges):g}, expected 2 Angstrom or more")
     # Which images can be near is no smooth function of anything; a force comes from those that are.
     between = positions[None] - positions[:, None]
     between = between - box * torch.round(between.detach() / box.detach())
     # With components of at most half an edge, images this far away can be within the cutoff. Large boxes: none but 0.
-    far = [int(CUTOFF / edge + 0.5) for edge in edges]
+    far = [int(CUTOFF / edge + 0.5) for edge in box.tolist()]
     image = torch.cartesian_prod(*(torch.arange(-n, n + 1, device=box.device) for n in far))
     vectors = (between[:, :, None] + image * box) / SIGMA
     near = vectors.detach().square().sum(-1) < REACH**2

@@ -39,5 +39,4 @@ class Quantizer(nn.Module):
         self.step = limit / self.top
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = Quantize.apply(x, self.step, self.top)
-        return result
+        return Quantize.apply(x, self.step, self.top)
