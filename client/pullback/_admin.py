@@ -35,9 +35,9 @@ def load(transport: Transport, name: str, version: Number, timeout: float | None
     return model_info(_call(transport, "LoadModel", request, pb.LoadModelResponse, f"load {name!r}", timeout).model)
 
 
-def unload(transport: Transport, name: str, version: Number, timeout: float | None) -> None:
+def unload(transport: Transport, name: str, version: Number, delete: bool, timeout: float | None) -> None:
     """See Client.unload_model."""
-    request = pb.UnloadModelRequest(name=name, version=_number(version))
+    request = pb.UnloadModelRequest(name=name, version=_number(version), delete_uploads=delete)
     _call(transport, "UnloadModel", request, pb.UnloadModelResponse, f"unload {name!r}", timeout)
 
 

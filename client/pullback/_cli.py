@@ -103,7 +103,7 @@ def _load(client: pullback.Client, arguments: argparse.Namespace) -> None:
 
 
 def _unload(client: pullback.Client, arguments: argparse.Namespace) -> None:
-    client.unload_model(arguments.model, arguments.version)
+    client.unload_model(arguments.model, arguments.version, delete_uploads=arguments.delete_uploads)
     if arguments.json:
         _print_json({"name": arguments.model, "version": arguments.version or "", "unloaded": True})
     else:
@@ -252,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     unload = commands.add_parser("unload", parents=[common], help="take a model out of service")
     unload.add_argument("model", metavar="MODEL")
     unload.add_argument("--version", default=None, metavar="VERSION", help="[all]")
+    unload.add_argument("--delete-uploads", action="store_true", help="also delete what was uploaded")
     unload.set_defaults(run=_unload)
     upload = commands.add_parser("upload", parents=[common], help="make a new version of a model with other weights")
     upload.add_argument("model", metavar="MODEL")

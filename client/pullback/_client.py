@@ -126,19 +126,28 @@ class Client:
 
         return _admin.load(self._transport, name, version, timeout)
 
-    def unload_model(self, name: str, version: str | int | None = None, *, timeout: float | None = None) -> None:
+    def unload_model(
+        self,
+        name: str,
+        version: str | int | None = None,
+        *,
+        delete_uploads: bool = False,
+        timeout: float | None = None,
+    ) -> None:
         """Takes a version out of service: calls do not find it any more, those under way end, sessions keep theirs.
 
         Needs a key with the right "load". Made again only where no server was reached.
 
         version: None: all of them.
+        delete_uploads: also deletes what was uploaded, so that no restart brings it back and its number is free again;
+            this needs the right "upload" as well.
 
         Raises LoadConflict, NotInRepository, ModelNotFound, VersionNotFound, AdminDisabled, Unauthenticated,
         PermissionDenied, ...
         """
         from pullback import _admin
 
-        _admin.unload(self._transport, name, version, timeout)
+        _admin.unload(self._transport, name, version, delete_uploads, timeout)
 
     def upload_weights(
         self,

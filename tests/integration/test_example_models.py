@@ -159,7 +159,7 @@ def test_potential(client: pb.Client) -> None:
 
 
 def test_silicon_is_as_stiff_as_published(client: pb.Client) -> None:
-    """Elastic constants of this potential: C11 151.4, C12 76.4 GPa (Balamane et al., Phys. Rev. B 46, 2250 (1992))."""
+    """Elastic constants of this potential: C11 151.4, C12 76.4 GPa (E. R. Cowley, 1988, as quoted by LAMMPS)."""
     crystal = diamond(1)
 
     def curvature(*strain: float) -> float:

@@ -531,17 +531,23 @@ class UnloadModelRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    DELETE_UPLOADS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the model."""
     version: builtins.str
     """Version; empty: all of them."""
+    delete_uploads: builtins.bool
+    """Also deletes what was uploaded, so that no restart brings it back and its number is free again. Needs the right to
+    upload as well.
+    """
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         version: builtins.str = ...,
+        delete_uploads: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["delete_uploads", b"delete_uploads", "name", b"name", "version", b"version"]) -> None: ...
 
 Global___UnloadModelRequest: typing_extensions.TypeAlias = UnloadModelRequest
 

@@ -1,10 +1,20 @@
-"""Which names of files a repository may hold."""
+"""Which names of files and versions a repository may hold."""
 
 from __future__ import annotations
+
+import re
 
 #: What writers leave behind, or have not finished; and what Python leaves beside the files that it runs.
 _UNFINISHED = (".tmp", ".part", ".partial", "~")
 _CACHE = "__pycache__"
+
+
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+
+
+def is_version(text: str) -> bool:
+    """Whether it is the number of a version: at most 18 digits, without leading zeros."""
+    return _VERSION.fullmatch(text) is not None
 
 
 def ignored(path: str) -> bool:

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pullback_server.hosting.manifest import Manifest, RepositoryError
+from pullback_server.hosting.manifest_paths import is_version
 from pullback_server.hosting.repository_files import Listed, Tree
 from pullback_server.hosting.spec import Registration
 
 MANIFEST = "model.toml"
 SUMS = "SHA256SUMS"
 
-_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 #: Directories that were meant as versions, not as files that versions share.
 _MEANT = re.compile(r"[vV]?[0-9][0-9._-]*")
 
@@ -81,7 +81,7 @@ def contents_of(tree: Tree) -> Contents:
     """Which of a model's files are whose."""
     manifest: dict[str, Listed] = {}
     shared: dict[str, Listed] = {}
-    numbers = sorted((one for one in tree.directories if _VERSION.fullmatch(one)), key=int)
+    numbers = sorted((one for one in tree.directories if is_version(one)), key=int)
     versions: dict[str, dict[str, Listed]] = {number: {} for number in numbers}
     for path, listed in tree.files.items():
         top, _, inner = path.partition("/")
@@ -112,7 +112,7 @@ def found_in(where: str, name: str, tree: Tree, manifest: Manifest) -> Found:
     contents = contents_of(tree)
     problems = {version: reason for version in contents.versions if (reason := _wrong(version, contents, manifest))}
     for one in sorted(tree.directories):
-        if _MEANT.fullmatch(one) and not _VERSION.fullmatch(one):
+        if _MEANT.fullmatch(one) and not is_version(one):
             problems[one] = ": expected a version to be a positive number of at most 18 digits, without leading zeros"
     for path, reason in tree.problems.items():
         top, _, inner = path.partition("/")

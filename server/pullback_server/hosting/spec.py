@@ -15,6 +15,13 @@ from pullback_wire.dtypes import dtype_number
 
 #: Name of a model: what fits a metric label, a URL path and a directory.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a model can be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 _ATTRIBUTE = "__pullback_registrations__"
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -113,7 +120,7 @@ class Registration:
             raise ValueError(f"model {self.name!r}: micro_batch needs a batch_axis")
         if self.batch_axis is not None and self.batch_axis < 0:
             raise ValueError(f"model {self.name!r}: batch_axis is {self.batch_axis}, expected 0 or more")
-        if not _NAME.fullmatch(self.name):
+        if not is_name(self.name):
             raise ValueError(
                 f"model name {self.name!r}: expected letters, digits, '.', '_' and '-', at most 128, "
                 "beginning with a letter or digit"

@@ -14,7 +14,7 @@ from pullback_server.fleet.seam import LoadFailure, StartError
 from pullback_server.hosting.manifest import RepositoryError
 from pullback_server.hosting.repository import NoSuchModel, Repository
 from pullback_server.hosting.repository_watch import Change, Watch
-from pullback_server.registry.registry import Registry
+from pullback_server.registry.registry import Registry, conflict
 from pullback_server.registry.table import Table, VersionState
 from pullback_server.registry.uploads import Incoming, UploadStore
 from pullback_server.registry.versions import NotYet
@@ -237,23 +237,24 @@ class Curator:
             )
         return wanted
 
-    async def unload(self, name: str, number: str) -> None:
-        """Takes a version out of service; no number: all.
+    async def unload(self, name: str, number: str, *, delete: bool = False) -> None:
+        """Takes a version out of service; no number: all. delete: also deletes what was uploaded.
 
         Raises Fault: ADMIN_DISABLED, MODEL_NOT_FOUND, VERSION_NOT_FOUND, NOT_IN_REPOSITORY, LOAD_CONFLICT.
         """
         known = {one.number: one for one in self.table.versions(name)}
-        if not known:
+        kept = self._uploads.find(name, number) if delete and number and self._uploads is not None else None
+        if not known and kept is None:
             raise Fault(
                 Reason.MODEL_NOT_FOUND, f"no model is called {name!r}; {nearest(name, self.table.names())}", "name"
             )
-        if number and number not in known:
+        if number and number not in known and kept is None:
             raise Fault(
                 Reason.VERSION_NOT_FOUND,
                 f"model {name!r} has no version {number!r}; known: {', '.join(known)}",
                 "version",
             )
-        chosen = [known[number]] if number else list(known.values())
+        chosen = [one for one in known.values() if not number or one.number == number]
         if any(one.origin == "repository" for one in chosen):
             self._check_mode("UnloadModel")
         self._check_removable(name, number)
@@ -261,6 +262,11 @@ class Curator:
             for one in chosen:
                 if one.origin != "start":
                     self._registry.unload(name, one.number, "an administrator asked for it")
+            if delete and self._uploads is not None:
+                # Workers that still have it mapped keep it until they forget it.
+                for one_of, stored in self._uploads.all():
+                    if one_of == name and number in ("", stored) and (place := self._uploads.find(name, stored)):
+                        await asyncio.to_thread(self._uploads.remove, place)
 
     def _check_mode(self, what: str) -> None:
         if self._mode != "explicit" or self._repository is None:
@@ -279,8 +285,13 @@ class Curator:
 
     # Uploads.
 
-    def check_new(self, name: str, number: str) -> None:
-        """Raises Fault (VERSION_EXISTS)."""
+    def check_upload(self, name: str, number: str) -> None:
+        """Whether an upload may begin. Raises Fault (VERSION_EXISTS, LOAD_CONFLICT)."""
+        self._check_new(name, number)
+        if self._registry.busy(name):
+            raise conflict(name)
+
+    def _check_new(self, name: str, number: str) -> None:
         found = self.table.find(name, number)
         there = found is not None and found.state is not VersionState.FAILED
         if there or (self._uploads is not None and self._uploads.find(name, number) is not None):
@@ -295,5 +306,5 @@ class Curator:
         """Makes a version of what was uploaded. Raises Fault (LOAD_CONFLICT, VERSION_EXISTS, ...), LoadFailure."""
         assert self._uploads is not None
         async with self._registry.alone_with(name):
-            self.check_new(name, number)
+            self._check_new(name, number)
             await self._registry.upload(name, number, architecture, incoming, self._uploads)

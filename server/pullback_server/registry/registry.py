@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 _LOOK_AGAIN = 0.02
 
 
+def conflict(name: str) -> Fault:
+    """What is said to whoever wants to change a model's versions while somebody else does."""
+    return Fault(Reason.LOAD_CONFLICT, f"model {name!r} is being loaded or unloaded by somebody else just now", "name")
+
+
 class Registry:
     """The models of one server. Belongs to one event loop.
 
@@ -77,13 +82,14 @@ class Registry:
 
         wait: for whoever does now; else raises Fault (LOAD_CONFLICT).
         """
-        lock = self._busy.setdefault(name, asyncio.Lock())
-        if lock.locked() and not wait:
-            raise Fault(
-                Reason.LOAD_CONFLICT, f"model {name!r} is being loaded or unloaded by somebody else just now", "name"
-            )
-        async with lock:
+        if self.busy(name) and not wait:
+            raise conflict(name)
+        async with self._busy.setdefault(name, asyncio.Lock()):
             yield
+
+    def busy(self, name: str) -> bool:
+        """Whether somebody changes a model's versions just now."""
+        return (lock := self._busy.get(name)) is not None and lock.locked()
 
     # Loading. To be called by whoever is alone with the model.
 
@@ -122,7 +128,7 @@ class Registry:
 
         Raises LoadFailure, Fault (STORAGE_FULL, VERSION_EXISTS); then nothing is left of it.
         """
-        async with self._noting(name, number, "upload"):
+        async with self._leaving_nothing(name, number), self._noting(name, number, "upload"):
             folder = self._fresh()
             revision = self.table.next_revision(name, number)
             kept: Path | None = None
@@ -151,20 +157,32 @@ class Registry:
                 f"two models are called {name!r} version {number}: one comes from {where[before.origin]}, the other "
                 f"from {where[origin]}"
             )
-        self.table.note(name, number, VersionState.LOADING, "newer contents are being loaded" if before else "loading")
+        self.table.note(
+            name, number, VersionState.LOADING, "newer contents are being loaded" if before else "loading", origin
+        )
         good = False
         try:
             yield
             good = True
         except LoadFailure as error:
-            self.table.note(name, number, VersionState.FAILED, str(error))
+            self.table.note(name, number, VersionState.FAILED, str(error), origin)
             logger.error("model %r version %s cannot be loaded: %s", name, number, error)
             raise
         except BaseException as error:
-            self.table.note(name, number, VersionState.FAILED, f"loading was interrupted: {type(error).__name__}")
+            told = error.message if isinstance(error, Fault) else f"loading was interrupted: {type(error).__name__}"
+            self.table.note(name, number, VersionState.FAILED, told, origin)
             raise
         finally:
             self._counted(name, good, time.monotonic() - began)
+
+    @asynccontextmanager
+    async def _leaving_nothing(self, name: str, number: str) -> AsyncIterator[None]:
+        """Where this raises, the number is known no more: its caller was told why, and nobody else asked for it."""
+        try:
+            yield
+        except BaseException:
+            self.table.forget(name, number)
+            raise
 
     def _fresh(self) -> Path:
         self._copies += 1

@@ -103,12 +103,12 @@ class Table:
         self._revisions[name, version.number] = version.revision
         self.on_change()
 
-    def note(self, name: str, number: str, state: VersionState, reason: str) -> None:
+    def note(self, name: str, number: str, state: VersionState, reason: str, origin: Origin = "repository") -> None:
         """Says how a version is that cannot be called; a ready one stays ready, and gets the reason."""
         known = self._versions.setdefault(name, {})
         found = known.get(number)
         if found is None:
-            known[number] = Version(number, state, reason)
+            known[number] = Version(number, state, reason, origin=origin)
         else:
             found.reason = reason
             if found.state is not VersionState.READY:

@@ -19,6 +19,8 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from pullback_server.faults import Fault
+from pullback_server.hosting.manifest_paths import is_version
+from pullback_server.hosting.spec import is_name
 from pullback_wire import Reason
 
 _INCOMING = ".incoming"
@@ -181,14 +183,16 @@ class UploadStore:
             place.parent.rmdir()
 
     def find(self, name: str, number: str) -> Path | None:
-        """Where an upload is kept."""
+        """Where an upload is kept. Name and number may be any caller's words."""
+        if not (is_name(name) and is_version(number)):
+            return None
         place = self._root / name / number
         return place if (place / _RECORD).is_file() else None
 
     def all(self) -> list[tuple[str, str]]:
         """Names and versions of what is kept."""
         found = [place.parent for place in self._root.glob(f"*/*/{_RECORD}")]
-        return sorted((place.parent.name, place.name) for place in found if place.name.isdecimal())
+        return sorted((place.parent.name, place.name) for place in found if self.find(place.parent.name, place.name))
 
     def record(self, place: Path) -> Record:
         """What is known of an upload. Raises OSError or msgspec.DecodeError for one that was damaged."""

@@ -42,7 +42,10 @@ class ModelHandler:
             version = await self._done(self._curator.load(named.name, named.version))
             model = self._catalogue.describe_any(named.name, version, parameters=True)
             return pb.LoadModelResponse(model=model).SerializeToString()
-        await self._done(self._curator.unload(named.name, named.version))
+        delete = cast(pb.UnloadModelRequest, request).delete_uploads
+        if delete:
+            self._allow(call, "upload", named.name)
+        await self._done(self._curator.unload(named.name, named.version, delete=delete))
         return pb.UnloadModelResponse().SerializeToString()
 
     def _allow(self, call: Call, right: Right, model: str) -> None:

@@ -11,6 +11,7 @@ import grpc
 
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import LoadFailure
+from pullback_server.hosting.manifest_paths import is_version
 from pullback_server.registry import Curator, UploadStore
 from pullback_server.rpc import status
 from pullback_server.rpc.access import Access
@@ -92,7 +93,7 @@ class UploadHandler:
             raise Fault(Reason.ADMIN_DISABLED, "this server takes no uploads (it was started without --uploads)")
         architecture = self._architecture(header)
         _check_header(header)
-        self._curator.check_new(header.model, header.version)
+        self._curator.check_upload(header.model, header.version)
         incoming = await asyncio.to_thread(store.begin, header.size_bytes, header.sha256)
         try:
             while (part := await self._part(context)) is not None:
@@ -130,8 +131,12 @@ class UploadHandler:
 def _check_header(header: pb.UploadHeader) -> None:
     """Raises Fault (BAD_UPLOAD)."""
     number = header.version
-    if not (number.isascii() and number.isdecimal()) or number != str(int(number)) or int(number) < 1:
-        raise Fault(Reason.BAD_UPLOAD, f"version is {number!r}, expected a number, 1 or more", "header.version")
+    if not is_version(number):
+        raise Fault(
+            Reason.BAD_UPLOAD,
+            f"version is {number!r}, expected a number of at most 18 digits, without leading zeros",
+            "header.version",
+        )
     if header.size_bytes < 8:
         raise Fault(
             Reason.BAD_UPLOAD,
