@@ -22,6 +22,7 @@ from pullback_server import spec
 from pullback_server.engine import Engine
 from pullback_server.engine.members import Batches
 from pullback_server.engine.transfer import Watch, byte_counts, packed, pieces
+from pullback_server.engine.shelf import Shelf
 from pullback_server.engine.worker import Worker
 from pullback_server.hosting import Registration
 from pullback_server.ipc import messages
@@ -55,7 +56,8 @@ class Front:
         self._engine.load(Registration("f", cubed, kind="function", inputs={"x": spec("float64", ["n"])}, batch_axis=0))
         self._reader = FrameReader(self.socket)
         setup = messages.Setup("w", "cpu", 1, [], None, [], 1 << 20)
-        self._worker = Worker(self._theirs, FrameReader(self._theirs), self._engine, setup)
+        shelf = Shelf(self._engine, {}, None, True)
+        self._worker = Worker(self._theirs, FrameReader(self._theirs), self._engine, shelf, setup)
         self._thread = threading.Thread(target=self._worker.serve)
 
     def post(self, id: int, made: Sequence[Any], deadlines: Sequence[float] | None = None, shadow: int = -1) -> None:
