@@ -202,6 +202,14 @@ def test_digits_conv(client: pb.Client) -> None:
     assert (model.evaluate(images).argmax(1) == labels).mean() > 0.95
 
 
+@pytest.mark.parametrize("file", sorted(MODELS.glob("*.py")), ids=lambda path: path.name)
+def test_check_of_a_file(file: Path) -> None:
+    command = [sys.executable, "-m", "pullback_server.cli", "check", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 would be served" in done.stdout
+
+
 def test_check() -> None:
     command = [sys.executable, "-m", "pullback_server.cli", "check", str(MODELS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

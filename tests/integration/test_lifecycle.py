@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import json
 import os
+import pickle
 import shutil
 import signal
+import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +23,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.serving import Served
+from tests.serving import Served, command
 
 import pullback as pb
 from pullback_wire import MODEL_METHODS, TensorWriter, decode, encode_message
@@ -298,3 +305,66 @@ def test_a_repository_that_cannot_be_read_any_more_changes_nothing(watched: Watc
     hidden.rename(watched.root)
     put(watched.root, "scale", 2, 2.0)
     until(lambda: watched.serves(2), "version 2 comes")
+
+
+class Evil:
+    """Runs something when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> object:
+        return (Path.touch, (self.canary,))
+
+
+def malicious(canary: Path, folder: Path) -> dict[str, bytes]:
+    """Files that run something when they are loaded without care."""
+    pickled = folder / "pickled.pt"
+    torch.save({"a": Evil(canary)}, pickled)
+    module = torch.nn.Linear(2, 2)
+    exported = folder / "exported.pt2"
+    torch.export.save(torch.export.export(module, (torch.zeros(1, 2),)), exported)
+    evil = folder / "evil.pt2"
+    with zipfile.ZipFile(exported) as before, zipfile.ZipFile(evil, "w") as after:
+        for name in before.namelist():
+            inputs = "sample_inputs" in name
+            after.writestr(name, pickled.read_bytes() if inputs else before.read(name))
+    return {"pickle": pickled.read_bytes(), "bare pickle": pickle.dumps(Evil(canary)), "pt2": evil.read_bytes()}
+
+
+def test_a_malicious_file_in_the_path_of_uploads_runs_nothing(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    evil = malicious(canary, tmp_path)
+    # They are as bad as they should be.
+    with contextlib.suppress(Exception):
+        torch.export.load(io.BytesIO(evil["pt2"]))
+    assert canary.exists()
+    canary.unlink()
+    uploads = tmp_path / "uploads"
+    for number, data in enumerate(evil.values(), 2):
+        place = uploads / "scale" / str(number)
+        place.mkdir(parents=True)
+        # As if somebody had got hold of the folder itself.
+        (place / "weights.safetensors").write_bytes(data)
+        record = {"architecture": "1", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "uploaded": ""}
+        (place / "upload.json").write_text(json.dumps(record))
+    made = subprocess.run(command("key", "test"), capture_output=True, text=True, check=True)
+    (tmp_path / "keys.toml").write_text(made.stdout)
+    watched = Watched(
+        tmp_path, "--uploads", str(uploads), "--admin-keys", str(tmp_path / "keys.toml"), "--no-exit-on-error"
+    )
+    put(watched.root, "scale", 1, 1.0)
+    watched.start()
+    try:
+        for number in range(2, 5):
+            status = watched.status(number)
+            assert status is not None
+            assert status.state == model_service_pb2.MODEL_STATE_FAILED
+        with pb.connect(watched.served.target, key=made.stderr.split()[-1]) as client:
+            for number, data in enumerate(evil.values(), 10):
+                with pytest.raises(pb.errors.BadUpload, match="no safetensors file"):
+                    client.upload_weights("scale", data, number)
+        assert watched.vjp() == ("1", 0, 1.0)
+    finally:
+        watched.stop()
+    assert not canary.exists()
