@@ -22,7 +22,7 @@ from pullback_server.rpc.stream import SessionOptions, Stream
 from pullback_server.rpc.transfers import WINDOW, ProtocolBreach
 from pullback_server.scheduling import Pinned, Scheduler
 from pullback_server.telemetry import Metrics
-from pullback_wire import Reason, WireError, decode, encode
+from pullback_wire import Reason, decode, encode
 from pullback_wire.v1 import session_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,10 @@ class SessionHandler:
             code = grpc.StatusCode.OK
         except asyncio.CancelledError:
             raise
-        except Fault as error:
-            fault = error
-        except (WireError, ProtocolBreach) as error:
-            fault = Fault(Reason.MALFORMED_REQUEST, str(error), getattr(error, "field", ""))
+        except ProtocolBreach as error:
+            fault = Fault(Reason.MALFORMED_REQUEST, str(error))
         except Exception as error:
-            logger.error("a session failed inside the server", exc_info=error)
-            fault = Fault(Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log has the details")
+            fault = status.fault_of(error, "a session")
         finally:
             if fault is not None:
                 code = status.grpc_code(fault.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import grpc
@@ -11,6 +12,8 @@ from google.rpc import error_details_pb2, status_pb2
 from pullback_server.faults import Fault
 from pullback_wire import ERROR_DOMAIN, Reason, WireError
 from pullback_wire.v1 import session_service_pb2
+
+logger = logging.getLogger(__name__)
 
 #: Metadata key of the serialised google.rpc.Status, by gRPC's convention.
 DETAILS_KEY = "grpc-status-details-bin"
@@ -83,6 +86,16 @@ def _details(fault: Fault, message: str) -> list[Any]:
         retry.retry_delay.FromMilliseconds(int(fault.retry_after * 1000))
         pack(retry)
     return packed
+
+
+def fault_of(error: Exception, what: str) -> Fault:
+    """What a caller is told of an exception; of one that nobody foresaw the log has the details. what: failed."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, WireError):
+        return as_fault(error)
+    logger.error("%s failed inside the server", what, exc_info=error)
+    return Fault(Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log has the details")
 
 
 def as_fault(error: WireError) -> Fault:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from pullback_server.rpc.access import Metadata
 from pullback_server.rpc.origin import origin_of
 from pullback_server.scheduling import NOBODY, Origin
 from pullback_server.telemetry import Metrics
-from pullback_wire import Method, Reason, WireError
-
-logger = logging.getLogger(__name__)
+from pullback_wire import Method
 
 
 @dataclass
@@ -75,7 +72,7 @@ class Unary:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                fault = _fault(error, method)
+                fault = status.fault_of(error, method.path)
                 code = status.grpc_code(fault.reason)
             finally:
                 # Before the answer is on its way, so that whoever has it finds it counted.
@@ -91,12 +88,3 @@ class Unary:
     def _seconds(self, context: grpc.aio.ServicerContext) -> float:
         remaining = context.time_remaining()
         return self._longest if remaining is None else min(max(remaining, 0.0), self._longest)
-
-
-def _fault(error: Exception, method: Method) -> Fault:
-    if isinstance(error, Fault):
-        return error
-    if isinstance(error, WireError):
-        return status.as_fault(error)
-    logger.error("%s failed inside the server", method.path, exc_info=error)
-    return Fault(Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log has the details")

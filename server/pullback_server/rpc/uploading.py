@@ -17,7 +17,7 @@ from pullback_server.rpc import status
 from pullback_server.rpc.access import Access
 from pullback_server.rpc.catalogue import Catalogue
 from pullback_server.telemetry import Metrics
-from pullback_wire import Reason, WireError, decode
+from pullback_wire import Reason, decode
 from pullback_wire.v1 import model_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -62,15 +62,10 @@ class UploadHandler:
             code = grpc.StatusCode.OK
         except asyncio.CancelledError:
             raise
-        except Fault as error:
-            fault = error
         except LoadFailure as error:
             fault = Fault(Reason.LOAD_FAILED, str(error))
-        except WireError as error:
-            fault = status.as_fault(error)
         except Exception as error:
-            logger.error("an upload failed inside the server", exc_info=error)
-            fault = Fault(Reason.INTERNAL, f"the server failed ({type(error).__name__}); its log has the details")
+            fault = status.fault_of(error, "an upload")
         finally:
             if fault is not None:
                 code = status.grpc_code(fault.reason)
