@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import msgspec
-
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Fleet, LoadFailure
 from pullback_server.hosting.items import Item
@@ -138,7 +136,6 @@ class Registry:
                 )
                 rehearsed = await self._fleet.rehearse(item)
                 kept = await asyncio.to_thread(store.keep, incoming, name, number, architecture)
-                item = msgspec.structs.replace(item, weights=str(store.weights(kept)))
                 await self._fleet.install(item, rehearsed)
             except BaseException:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

@@ -51,7 +51,7 @@ class Incoming:
 
     def reserve(self) -> None:
         """Takes the room on the disk before the first byte comes. Raises Fault (STORAGE_FULL)."""
-        with _storing(self.size), contextlib.suppress(_NotHere):
+        with storing(self.size), contextlib.suppress(_NotHere):
             _allocate(self._file.fileno(), self.size)
 
     async def write(self, data: bytes) -> None:
@@ -66,7 +66,7 @@ class Incoming:
         await asyncio.to_thread(self._write, data)
 
     def _write(self, data: bytes) -> None:
-        with _storing(self.size):
+        with storing(self.size):
             self._file.write(data)
         self._digest.update(data)
 
@@ -87,7 +87,7 @@ class Incoming:
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        with _storing(self.size):
+        with storing(self.size):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -148,7 +148,7 @@ class UploadStore:
                 Reason.STORAGE_FULL,
                 f"uploads hold {present} bytes and this one brings {size}, the limit is {self._most_in_all}",
             )
-        with _storing(size):
+        with storing(size):
             folder = Path(tempfile.mkdtemp(dir=self._root / _INCOMING))
             incoming = Incoming(folder, size, sha256)
         try:
@@ -163,7 +163,7 @@ class UploadStore:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = Record(architecture, incoming.sha256.hex(), incoming.size, now)
         place = self._root / name / number
-        with _storing(incoming.size):
+        with storing(incoming.size):
             (incoming.folder / _RECORD).write_bytes(msgspec.json.encode(record))
             place.parent.mkdir(exist_ok=True)
             try:
@@ -218,7 +218,8 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _storing(size: int) -> Iterator[None]:
+def storing(size: int) -> Iterator[None]:
+    """Around writing so many bytes. Raises Fault (STORAGE_FULL) where the disk has no room for them."""
     try:
         yield
     except OSError as error:

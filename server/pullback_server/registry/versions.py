@@ -13,7 +13,9 @@ from pullback_server.fleet.seam import LoadFailure
 from pullback_server.hosting.items import Item
 from pullback_server.hosting.manifest import RepositoryError
 from pullback_server.hosting.repository import NotSettled, Repository
-from pullback_server.registry.uploads import UploadStore
+from pullback_server.registry.uploads import UploadStore, storing
+
+_CHUNK = 4 << 20
 
 
 class NotYet(LoadFailure):
@@ -78,15 +80,15 @@ class Versions:
         sha256: bytes,
         folder: Path,
     ) -> Item:
-        """The item of uploaded weights.
+        """The item of uploaded weights, which are copied: whoever can write to uploads must not reach what is loaded.
 
-        architecture: the version whose code it has.
+        architecture: the version whose code it has. sha256: that the weights must have.
 
-        Raises LoadFailure.
+        Raises LoadFailure, Fault (STORAGE_FULL).
         """
         if self._registered(name, architecture):
-            digest, base = sha256.hex(), (name, architecture)
-            return Item(name, number, revision, "", "", digest, str(weights), base)
+            copied = await asyncio.to_thread(_copied, weights, folder, sha256, f"model {name!r} version {number}")
+            return Item(name, number, revision, "", "", sha256.hex(), str(copied), (name, architecture))
         if self._repository is None:
             raise LoadFailure(
                 f"model {name!r} version {number}: its architecture, version {architecture}, is not there"
@@ -95,6 +97,29 @@ class Versions:
             copy = await asyncio.to_thread(self._repository.stage, name, architecture, folder)
         except RepositoryError as error:
             raise LoadFailure(f"model {name!r} version {number}: its architecture: {error}") from error
+        copied = await asyncio.to_thread(_copied, weights, folder, sha256, f"model {name!r} version {number}")
         digest = hashlib.sha256(f"{copy.digest} {sha256.hex()}".encode()).hexdigest()
         manifest = copy.manifest.model_dump_json()
-        return Item(name, number, revision, str(copy.directory), manifest, digest, str(weights))
+        return Item(name, number, revision, str(copy.directory), manifest, digest, str(copied))
+
+
+def _copied(weights: Path, folder: Path, sha256: bytes, owner: str) -> Path:
+    """Copies uploaded weights. Raises LoadFailure where they are not what was uploaded, Fault (STORAGE_FULL)."""
+    # A name that no file of a version has.
+    to = folder / ".uploaded.safetensors"
+    digest = hashlib.sha256()
+    try:
+        with weights.open("rb") as source, storing(weights.stat().st_size):
+            folder.mkdir(parents=True, exist_ok=True)
+            with to.open("wb") as file:
+                while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
+                    file.write(chunk)
+    except OSError as error:
+        raise LoadFailure(f"{owner}: its uploaded weights cannot be copied: {error}") from error
+    if digest.digest() != sha256:
+        raise LoadFailure(
+            f"{owner}: its uploaded weights were changed: their SHA-256 is {digest.hexdigest()}, uploaded was "
+            f"{sha256.hex()}"
+        )
+    return to
