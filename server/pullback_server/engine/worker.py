@@ -214,8 +214,14 @@ class Worker:
             self._check_device([m for m in answer.message.outcome.members if isinstance(m, FaultRecord)])
 
     def _change(self, change: messages.Load | messages.Unload) -> None:
+        self._send(messages.Changing(change.number))
+        pid = os.getpid()
         if isinstance(change, messages.Load):
-            self._send(self._shelf.load(change.number, change.item, change.verdict))
+            answer = self._shelf.load(change.number, change.item, change.verdict)
+            if os.getpid() != pid:
+                # A factory has forked and returned in both: the connection is the parent's.
+                os._exit(0)
+            self._send(answer)
         else:
             self._shelf.unload(change.model, change.id)
             self._send(messages.Unloaded(change.number))

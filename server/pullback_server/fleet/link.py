@@ -54,6 +54,11 @@ class Link:
         self._loaded: asyncio.Future[messages.Loaded | messages.LoadFailed | None] = loop.create_future()
         #: Changes of what it holds that it has not answered, by number.
         self._changes: dict[int, asyncio.Future[messages.Change]] = {}
+        #: Those of them that it has not begun with.
+        self._coming: dict[int, asyncio.Future[None]] = {}
+        #: Runs out when the worker has been at one thing of its start for too long.
+        self._clock: asyncio.Timeout | None = None
+        self._load_timeout = 0.0
         self._numbers = itertools.count(1)
         #: The item that it was loading at its start when it was last heard of.
         self.loading: tuple[str, str] | None = None
@@ -92,11 +97,13 @@ class Link:
             # Starting a process takes milliseconds and cannot be taken back half-way; `_kill` waits for it.
             await asyncio.shield(self._spawning)
             self._channel.send(messages.encode(self._setup))
-            async with asyncio.timeout(load_timeout):
+            self._load_timeout = load_timeout
+            async with asyncio.timeout(load_timeout) as self._clock:
                 loaded = await self._loaded
         except TimeoutError:
             await self._kill()
-            raise StartError(f"worker {self._name} did not load its models within {load_timeout:g} s") from None
+            what = "its models" if self.loading is None else "model {!r} version {}".format(*self.loading)
+            raise StartError(f"worker {self._name} did not load {what} within {load_timeout:g} s") from None
         except OSError as error:
             await self._kill()
             raise StartError(f"worker {self._name} cannot be started: {error}") from error
@@ -117,32 +124,44 @@ class Link:
         if self._over:
             self._process.kill()
 
-    async def load(self, item: Item, verdict: Verdict | None) -> messages.Installed | messages.NotInstalled:
-        """Has the worker load a model when it has done what was sent before. Raises WorkerLost."""
+    async def load(
+        self, item: Item, verdict: Verdict | None, seconds: float
+    ) -> messages.Installed | messages.NotInstalled:
+        """Has the worker load a model when it has done what was sent before.
+
+        Raises WorkerLost; TimeoutError when it takes longer than so many seconds, counted from when it begins.
+        """
         number = next(self._numbers)
-        found = await self._change(number, messages.Load(number, item, verdict))
+        found = await self._change(number, messages.Load(number, item, verdict), seconds)
         assert isinstance(found, messages.Installed | messages.NotInstalled)
         return found
 
-    async def unload(self, model: str, id: str) -> None:
-        """Has the worker forget a model when it has done what was sent before. Raises WorkerLost."""
+    async def unload(self, model: str, id: str, seconds: float) -> None:
+        """Has the worker forget a model when it has done what was sent before. Raises as `load`."""
         number = next(self._numbers)
-        await self._change(number, messages.Unload(number, model, id))
+        await self._change(number, messages.Unload(number, model, id), seconds)
 
     def forget(self, model: str, id: str) -> None:
         """As `unload`, without waiting for it."""
         self._channel.send(messages.encode(messages.Unload(next(self._numbers), model, id)))
 
-    async def _change(self, number: int, message: messages.Load | messages.Unload) -> messages.Change:
+    async def _change(self, number: int, message: messages.Load | messages.Unload, seconds: float) -> messages.Change:
         self._check_alive()
-        answer: asyncio.Future[messages.Change] = asyncio.get_running_loop().create_future()
-        self._changes[number] = answer
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[messages.Change] = loop.create_future()
+        begun: asyncio.Future[None] = loop.create_future()
+        self._changes[number], self._coming[number] = answer, begun
         try:
             if not self._channel.send(messages.encode(message)):
                 raise self._gone()
-            return await answer
+            # The jobs before it have limits of their own.
+            either: list[asyncio.Future[Any]] = [begun, answer]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(seconds):
+                return await answer
         finally:
-            self._changes.pop(number, None)
+            del self._changes[number], self._coming[number]
+            begun.cancel()
 
     def _gone(self) -> WorkerLost:
         return WorkerLost(f"worker {self._name} was lost", suspect=False)
@@ -204,11 +223,17 @@ class Link:
     def _on_frame(self, frame: Frame) -> None:
         match messages.decode_to_front(frame.message):
             case messages.Loaded() | messages.LoadFailed() as loaded:
-                self.loading = None
+                if isinstance(loaded, messages.Loaded):
+                    self.loading = None
                 if not self._loaded.done():
                     self._loaded.set_result(loaded)
             case messages.Loading(model, id):
                 self.loading = (model, id)
+                if self._clock is not None:
+                    self._clock.reschedule(asyncio.get_running_loop().time() + self._load_timeout)
+            case messages.Changing(number):
+                if (begun := self._coming.get(number)) is not None and not begun.done():
+                    begun.set_result(None)
             case messages.Installed(number) | messages.NotInstalled(number) | messages.Unloaded(number) as change:
                 if (answer := self._changes.get(number)) is not None and not answer.done():
                     answer.set_result(change)

@@ -18,7 +18,7 @@ from pullback_server.fleet.copying import Copier
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.process import Spawner
 from pullback_server.fleet.rehearsal import Stage
-from pullback_server.fleet.seam import LoadFailure, Rehearsed, StartError, WorkerLost, WorkerState
+from pullback_server.fleet.seam import LoadFailure, Rehearsed, StartError, Transient, WorkerLost, WorkerState
 from pullback_server.fleet.shelf import Shelf, Shelved, chosen
 from pullback_server.fleet.signatures import Signatures, by_name, check_equal, weakest
 from pullback_server.fleet.watchdog import Work
@@ -29,6 +29,13 @@ from pullback_server.ipc import messages
 from pullback_server.job import Batch, Job, Signature, Verdict
 
 _log = logging.getLogger(__name__)
+
+#: Seconds that a worker may take to forget a model; a destructor of the model's own may run then.
+_UNLOADING = 30.0
+#: Workers that an item may cost before it is not tried again as it is.
+_VICTIMS = 2
+#: Processes for rehearsals at most: one model that hangs there holds up no other.
+_STAGES = 2
 
 
 class LocalFleet:
@@ -79,7 +86,9 @@ class LocalFleet:
         #: What each worker's present process holds.
         self._held: dict[str, Signatures] = {}
         self._shelf = Shelf()
-        self._stage: Stage | None = None
+        self._stages: list[Stage] = []
+        #: Workers that were lost while they loaded an item, by model and digest.
+        self._victims: Counter[tuple[str, str]] = Counter()
         #: Items that workers lack, on their way there.
         self._filling: dict[str, asyncio.Task[None]] = {}
         self._spawner = Spawner()
@@ -128,8 +137,8 @@ class LocalFleet:
         for task in self._filling.values():
             task.cancel()
         await asyncio.gather(*self._filling.values(), return_exceptions=True)
-        if self._stage is not None:
-            await self._stage.close()
+        for stage in self._stages:
+            await stage.close()
         await asyncio.gather(*(worker.close(grace) for worker in self._workers))
         # Those whose start failed, and was interrupted while they were put away.
         await asyncio.gather(*(link.close(0.0) for link in self._links))
@@ -162,7 +171,10 @@ class LocalFleet:
             for name, device in zip(names, found, strict=True)
         }
         aside = msgspec.structs.replace(self._setups[names[0]], name="rehearsal", only_register=True)
-        self._stage = Stage(lambda: self._link(aside, _nothing, _nothing), self._spawner, self._load_timeout)
+        self._stages = [
+            Stage(lambda: self._link(aside, _nothing, _nothing), self._spawner, self._load_timeout)
+            for _ in range(_STAGES)
+        ]
         return names
 
     def _limit_of(self, work: Work) -> float:
@@ -200,13 +212,11 @@ class LocalFleet:
                 self._shelf.died(worker.name, *link.loading)
             raise
         for model, id, message in loaded.failed:
-            _log.error("worker %s holds no %s version %s: %s", worker.name, model, id, message)
+            if (model, id) in self._shelf:
+                self._shelf.died(worker.name, model, id)
+                _log.error("worker %s holds no %s version %s: %s", worker.name, model, id, message)
         theirs = by_name(loaded.signatures)
-        for item, _ in setup.items:
-            if (item.name, item.id) not in self._shelf:
-                # It was taken out of service while the worker started.
-                link.forget(item.name, item.id)
-                theirs.get(item.name, {}).pop(item.id, None)
+        self._leave_out(worker.name, [item for item, _ in setup.items], theirs, link)
         try:
             check_equal(worker.name, theirs, self._signatures)
         except StartError:
@@ -215,6 +225,23 @@ class LocalFleet:
         self._held[worker.name] = theirs
         self._settle()
         return link, theirs
+
+    def _leave_out(self, worker: str, items: Sequence[Item], theirs: Signatures, link: Link) -> None:
+        """Has a new process forget what was taken out of service while it started, and what is not what it was."""
+        for item in items:
+            mine = theirs.get(item.name, {})
+            if item.id not in mine:
+                continue
+            known = (item.name, item.id) in self._shelf
+            try:
+                check_equal(worker, {item.name: {item.id: mine[item.id]}}, self._signatures)
+            except StartError as error:
+                self._shelf.died(worker, item.name, item.id)
+                _log.error("%s; the worker goes on without it", error)
+                known = False
+            if not known:
+                link.forget(item.name, item.id)
+                del mine[item.id]
 
     def _settle(self) -> None:
         # Of what there is now: what a process promised that is no more binds nobody.
@@ -249,30 +276,29 @@ class LocalFleet:
 
     async def registered(self) -> list[tuple[str, str]]:
         """Names and versions that the sources register. Raises StartError."""
-        assert self._stage is not None
-        return await self._stage.registered()
+        return await self._stages[0].registered()
 
     async def rehearse(self, item: Item) -> Rehearsed:
-        assert self._stage is not None
-        return await self._stage.rehearse(item)
+        return await min(self._stages, key=lambda stage: stage.busy).rehearse(item)
 
     async def install(self, item: Item, rehearsed: Rehearsed) -> Signature:
-        counts = {worker.name: len(worker.held) for worker in self._workers}
+        counts = {one.name: (one.state is not WorkerState.READY, len(one.held)) for one in self._workers}
         names = chosen(item, rehearsed.verdict, counts)
         # One that is being replaced gets it afterwards, as long as another has it.
         ready = [one for one in self._workers if one.name in names and one.state is WorkerState.READY]
         if not ready:
-            raise LoadFailure(f"model {item.name!r} version {item.version}: no worker is ready; they are starting")
-        installs = [asyncio.create_task(self._install_on(one, item, rehearsed.verdict)) for one in ready]
+            raise Transient(f"model {item.name!r} version {item.version}: no worker is ready; they are starting")
         try:
-            await asyncio.gather(*installs)
+            # One after the other: what costs one its life, or much time, shall not meet all of them at once.
+            for one in ready:
+                await self._install_on(one, item, rehearsed.verdict)
         except BaseException as error:
-            for install in installs:
-                install.cancel()
-            await asyncio.gather(*installs, return_exceptions=True)
             await self.uninstall(item.name, item.id)
             if isinstance(error, WorkerLost):
-                raise LoadFailure(f"model {item.name!r} version {item.version}: {error} while it loaded it") from error
+                told = f"model {item.name!r} version {item.version}: {error} while it loaded it"
+                self._victims[item.name, item.digest] += 1
+                # The first time it may have been chance.
+                raise (Transient if self._victims[item.name, item.digest] < _VICTIMS else LoadFailure)(told) from error
             raise
         self._shelf.put(Shelved(item, rehearsed.verdict, names))
         self._changed()
@@ -285,7 +311,7 @@ class LocalFleet:
         try:
             check_equal(worker.name, theirs, self._signatures)
         except StartError as error:
-            await worker.uninstall(item.name, item.id)
+            await worker.uninstall(item.name, item.id, _UNLOADING)
             raise LoadFailure(str(error)) from error
         self._held[worker.name].setdefault(item.name, {})[item.id] = found.signature
         self._settle()
@@ -301,7 +327,7 @@ class LocalFleet:
         if not held.get(model, True):
             del held[model]
         self._settle()
-        await worker.uninstall(model, id)
+        await worker.uninstall(model, id, _UNLOADING)
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pullback_server.fleet.link import Link
 from pullback_server.fleet.process import Spawner
-from pullback_server.fleet.seam import LoadFailure, Rehearsed, StartError, WorkerLost
+from pullback_server.fleet.seam import LoadFailure, Rehearsed, StartError, Transient, WorkerLost
 from pullback_server.hosting.items import Item
 from pullback_server.ipc import messages
 
@@ -27,6 +27,8 @@ class Stage:
         self._spawner = spawner
         self._timeout = timeout
         self._turn = asyncio.Lock()
+        #: Who waits for it, or has it.
+        self.busy = 0
         self._link: Link | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -34,12 +36,16 @@ class Stage:
 
     async def rehearse(self, item: Item) -> Rehearsed:
         """Raises LoadFailure."""
-        async with self._turn:
-            self._keep()
-            try:
-                return await self._rehearse(item)
-            finally:
-                self._timer = asyncio.get_running_loop().call_later(_IDLE, self._end_later)
+        self.busy += 1
+        try:
+            async with self._turn:
+                self._keep()
+                try:
+                    return await self._rehearse(item)
+                finally:
+                    self._timer = asyncio.get_running_loop().call_later(_IDLE, self._end_later)
+        finally:
+            self.busy -= 1
 
     async def registered(self) -> list[tuple[str, str]]:
         """Names and versions that the sources register. Raises StartError."""
@@ -53,24 +59,27 @@ class Stage:
         try:
             link = await self._started()
         except (StartError, OSError) as error:
-            raise LoadFailure(f"{owner} cannot be checked: {error}") from error
+            raise Transient(f"{owner} cannot be checked: {error}") from error
         try:
-            async with asyncio.timeout(self._timeout):
-                found = await link.load(item, None)
-                if isinstance(found, messages.Installed):
-                    await link.unload(item.name, item.id)
+            found = await link.load(item, None, self._timeout)
+            if isinstance(found, messages.Installed):
+                await link.unload(item.name, item.id, self._timeout)
         except TimeoutError:
             await self._end()
             raise LoadFailure(f"{owner} did not load within {self._timeout:g} s") from None
         except WorkerLost:
             how = await asyncio.shield(link.ended)
             self._link = None
-            raise LoadFailure(f"{owner}: the process that loaded it to check it {how}") from None
+            # Nothing that a model does kills with SIGKILL: somebody did, or the system, for want of memory.
+            kind = Transient if "SIGKILL" in how else LoadFailure
+            raise kind(f"{owner}: the process that loaded it to check it {how}") from None
         except BaseException:
             # It would go on loading for nobody.
             await self._end()
             raise
         if isinstance(found, messages.NotInstalled):
+            # Whatever it has changed in its process shall not meet the next one.
+            await self._end()
             raise LoadFailure(found.message)
         return Rehearsed(found.signature, found.verdict)
 

@@ -35,6 +35,10 @@ class LoadFailure(Exception):
     """A model cannot be loaded. The message names it and the cause; nothing is left of it."""
 
 
+class Transient(LoadFailure):
+    """A model that could not be loaded for now; nothing speaks against another try."""
+
+
 class WorkerLost(Exception):
     """The worker died before it answered.
 

@@ -65,10 +65,10 @@ class Shelf:
         ]
 
 
-def chosen(item: Item, verdict: Verdict, counts: dict[str, int]) -> list[str]:
-    """Names of the workers that should hold an item: of those that may, the ones with the fewest models.
+def chosen(item: Item, verdict: Verdict, counts: dict[str, tuple[bool, int]]) -> list[str]:
+    """Names of the workers that should hold an item: of those that may, those that are there, with the fewest models.
 
-    counts: models that each worker holds, by the workers' names in order.
+    counts: whether each worker is away, and how many models it holds, by the workers' names in order.
 
     Raises LoadFailure where no worker may hold it.
     """

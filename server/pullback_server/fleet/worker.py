@@ -142,14 +142,13 @@ class LocalWorker:
     async def install(self, item: Item, verdict: Verdict | None, seconds: float) -> messages.Installed:
         """Has the process load an item. Raises LoadFailure, WorkerLost; then the process does not hold it.
 
-        One that takes longer than so many seconds is ended: nobody knows what it would do next.
+        One that is at it for longer than so many seconds is ended: nobody knows what it would do next.
         """
         link = self._present()
         key = (item.name, item.id)
         self._changing.add(key)
         try:
-            async with asyncio.timeout(seconds):
-                found = await link.load(item, verdict)
+            found = await link.load(item, verdict, seconds)
         except TimeoutError:
             await link.close(0.0)
             raise LoadFailure(f"model {item.name!r} version {item.version} did not load within {seconds:g} s") from None
@@ -176,15 +175,20 @@ class LocalWorker:
             self._models.pop(model, None)
         self._writers = {key for key in self._writers if key[:2] != (model, id)}
 
-    async def uninstall(self, model: str, id: str) -> None:
-        """Has the process forget a model; one that is gone holds nothing."""
+    async def uninstall(self, model: str, id: str, seconds: float) -> None:
+        """Has the process forget a model; one that is gone holds nothing, and one that takes too long is ended."""
         self.withdraw(model, id)
         key = (model, id)
+        link = self._link
         self._changing.add(key)
         try:
-            await self._present().unload(model, id)
+            await self._present().unload(model, id, seconds)
         except WorkerLost:
             pass
+        except TimeoutError:
+            _log.error("worker %s did not unload %s version %s within %g s; it is ended", self.name, *key, seconds)
+            if link is not None:
+                await link.close(0.0)
         finally:
             self._changing.discard(key)
             self.changed()

@@ -139,6 +139,12 @@ class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
     traceback: str
 
 
+class Changing(msgspec.Struct, array_like=True, tag="changing"):
+    """The worker begins with a `Load` or `Unload`; what was sent before is done."""
+
+    number: int
+
+
 class Installed(msgspec.Struct, array_like=True, tag="installed"):
     """A `Load` that succeeded. verdict: what was found out about the model, by this worker or before."""
 
@@ -202,7 +208,7 @@ class Leaving(msgspec.Struct, array_like=True, tag="leaving"):
 Change = Installed | NotInstalled | Unloaded
 
 ToWorker = Setup | Run | Cancel | Note | Uploaded | EndSession | Load | Unload
-ToFront = Loading | Loaded | LoadFailed | Change | Done | Failed | Again | Skipped | Leaving | Note
+ToFront = Loading | Loaded | LoadFailed | Changing | Change | Done | Failed | Again | Skipped | Leaving | Note
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
