@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from pullback_server.hosting.manifest import Manifest, RepositoryError, read_manifest
 from pullback_server.hosting.repository import Found, Scan
 from pullback_server.hosting.repository_watch import Change, Watch
@@ -179,3 +181,33 @@ def test_models_do_not_wait_for_each_other() -> None:
         )
         assert watch.see(both, now) == []
     assert watch.see(both, 14) == [Change("add", "other", "1", "12")]
+
+
+def test_what_cannot_be_done_for_now_is_tried_again_after_longer_and_longer() -> None:
+    watch = Watch()
+    both = scan(v1="a", v2="b")
+    (change,) = watch.see(both, 0, at_once=True)
+    watch.later(change, 10)
+    # An older version stands in meanwhile, and goes when the other has come.
+    assert watch.see(both, 10.9) == [add("1", "a")]
+    assert watch.see(both, 11) == [change]
+    watch.later(change, 11)
+    assert watch.see(both, 12.9) == []
+    assert watch.see(both, 13) == [change]
+    for _ in range(10):
+        watch.later(change, 20)
+    assert watch.see(both, 79) == []
+    # Other contents need not wait.
+    other = scan(v1="a", v2="c")
+    assert watch.see(other, 79) == []
+    assert watch.see(other, 81) == [add("2", "c")]
+    assert watch.see(other, 82) == [remove("1")]
+
+
+def test_many_models_and_versions_take_their_time_once_each() -> None:
+    watch = Watch()
+    many = Scan({f"m{at}": Found(f"m{at}", ALL, None, {str(one): "a" for one in range(1, 21)}) for at in range(1000)})
+    began = time.monotonic()
+    assert len(watch.see(many, 0, at_once=True)) == 20_000
+    assert watch.see(many, 1) == []
+    assert time.monotonic() - began < 3

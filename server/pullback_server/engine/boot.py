@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pullback_server.engine import Engine
+from pullback_server.engine import Engine, operators
 from pullback_server.hosting.loading import LoadError, check_unique, load_source, place
 from pullback_server.hosting.spec import Registration
 from pullback_server.ipc.lifeline import tie_to_parent
@@ -120,6 +120,7 @@ def load_models(engine: Engine, setup: Setup) -> tuple[list[Signature], dict[tup
     Raises LoadError, whose message names the source, the cause, and the line where it can.
     """
     sys.path += [entry for entry in setup.path if entry not in sys.path]
+    operators.watch()
     found: list[tuple[str, Registration]] = []
     for source in setup.sources:
         try:

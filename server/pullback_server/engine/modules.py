@@ -23,9 +23,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from pullback_server.engine import operators
 from pullback_server.hosting.items import Item
-
-_ROOT = "_pullback_items"
 
 
 class _Loader(SourceFileLoader):
@@ -112,8 +111,9 @@ _packages: dict[str, Package] = {}
 
 
 def _name_of(item: Item) -> str:
-    plain = re.sub(r"\W", "_", f"{item.name}_{item.version}_{item.revision}_{item.digest[:12]}")
-    return f"{_ROOT}_{plain}"
+    # No two items have one name: "a.b" is not "a-b".
+    text = f"{item.name}/{item.version}/{item.revision}/{item.digest[:12]}"
+    return operators.ITEMS + re.sub("[^A-Za-z0-9]", lambda found: f"_{ord(found[0]):x}_", text)
 
 
 def package_of(item: Item) -> Package:
@@ -127,6 +127,7 @@ def package_of(item: Item) -> Package:
     root.__package__ = name
     _packages[name] = package
     sys.modules[name] = root
+    operators.own(name, f"model {item.name!r} version {item.id}")
     if _Finder not in sys.meta_path:
         # Before torch's and pytest's own, which need not be asked.
         sys.meta_path.insert(0, _Finder)
@@ -141,6 +142,7 @@ def forget(item: Item) -> None:
     name = _name_of(item)
     if _packages.pop(name, None) is None:
         return
+    operators.release(name)
     for other in [other for other in sys.modules if other == name or other.startswith(f"{name}.")]:
         module = sys.modules.pop(other)
         # Else a traceback into the next revision would show the lines of this one.

@@ -22,7 +22,7 @@ from pullback_server.hosting.loading import LoadError
 
 #: How the names of modules begin that hold models: an item's, a file's of the start.
 ITEMS = "_pullback_items_"
-_OWNERS = (ITEMS, "_pullback_models_")
+OWNERS = (ITEMS, "_pullback_models_")
 
 _owners: dict[str, str] = {}
 _libraries: dict[str, list[torch.library.Library]] = {}
@@ -149,7 +149,7 @@ def _registrant() -> tuple[str, str]:
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith(_OWNERS):
+        if module.startswith(OWNERS):
             place = f"{frame.f_code.co_filename.rpartition('/')[2]}, line {frame.f_lineno}"
             return place, module.partition(".")[0]
         if frame.f_code.co_name == "<module>" and module != "__main__":

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pullback_server.engine import operators
 from pullback_server.engine.exported import load_exported
 from pullback_server.engine.hosted import copied, takes_arguments
 from pullback_server.engine.modules import Package, forget, package_of
 from pullback_server.engine.scripted import load_scripted
+from pullback_server.engine.surroundings import kept
 from pullback_server.engine.weights import load_weights
 from pullback_server.faults import listed
 from pullback_server.hosting.items import Item
@@ -83,7 +85,8 @@ def _of_manifest(item: Item, manifest: Manifest, owner: str, device: torch.devic
         case "torchscript":
             found = load_scripted(item.name, directory / str(source.file), owner, device)
         case "entry-point":
-            found = _chosen(entry_point(str(source.entry_point)), item, source, owner)
+            with kept(owner):
+                found = _chosen(entry_point(str(source.entry_point)), item, source, owner)
         case _:
             found = _of_python(item, source, owner)
     found = _overlaid(found, manifest)
@@ -99,8 +102,9 @@ def _of_python(item: Item, source: Source, owner: str) -> Registration:
     where = f"{owner}: {source.module or source.file}"
     if not source.module and not (Path(item.directory) / str(source.file)).is_file():
         raise LoadError(f"{where}: no such file")
-    with importing(where) as collected:
+    with importing(where) as collected, kept(where):
         module = _imported(package, name)
+        operators.check(package.name)
     if source.object is not None:
         return _chosen(_attribute(module, source.object, where), item, source, where)
     found = list(collected)

@@ -47,11 +47,11 @@ def load_weights(module: nn.Module, path: Path, owner: str, *, allow_pickle: boo
     _check(tensors, wanted, _extra_state(module), where)
     done: dict[int, str] = {}
     for name, own in wanted.items():
-        first = done.setdefault(id(own), name)
         if name not in tensors:
             continue
-        if first != name and first in tensors:
-            if not torch.equal(tensors[name], tensors[first]):
+        first = done.setdefault(id(own), name)
+        if first != name:
+            if not _equal(tensors[name], tensors[first]):
                 raise LoadError(f"{where}: {first!r} and {name!r} are one parameter in the model, and differ here")
             continue
         _give(own, tensors[name], [places[other] for other, one in wanted.items() if one is own])
@@ -172,6 +172,11 @@ def _check(tensors: Tensors, wanted: Mapping[str, torch.Tensor], extra: list[str
     if problems:
         hint = "; nothing is cast: build the model in the file's type, or convert the file" if dtypes else ""
         raise LoadError(f"{where}: it does not fit the model: {'; '.join(problems)}{hint}")
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the values are the same; NaN is NaN."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _some(names: Iterable[object]) -> str:

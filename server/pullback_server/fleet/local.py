@@ -26,7 +26,7 @@ from pullback_server.fleet.worker import LocalWorker
 from pullback_server.hosting.items import Item
 from pullback_server.hosting.spec import Registration
 from pullback_server.ipc import messages
-from pullback_server.job import Batch, Job, Signature, Verdict
+from pullback_server.job import Batch, Job, Signature
 
 _log = logging.getLogger(__name__)
 
@@ -232,9 +232,11 @@ class LocalFleet:
             mine = theirs.get(item.name, {})
             if item.id not in mine:
                 continue
-            known = (item.name, item.id) in self._shelf
+            signature = self._shelf.signature(item.name, item.id)
+            known = signature is not None
             try:
-                check_equal(worker, {item.name: {item.id: mine[item.id]}}, self._signatures)
+                if signature is not None:
+                    check_equal(worker, {item.name: {item.id: mine[item.id]}}, {item.name: {item.id: signature}})
             except StartError as error:
                 self._shelf.died(worker, item.name, item.id)
                 _log.error("%s; the worker goes on without it", error)
@@ -262,7 +264,7 @@ class LocalFleet:
             for shelved in missing:
                 key = (shelved.item.name, shelved.item.id)
                 try:
-                    await self._install_on(worker, shelved.item, shelved.verdict)
+                    await self._install_on(worker, shelved.item, shelved.rehearsed)
                     if key not in self._shelf:
                         # It was taken out of service meanwhile.
                         await self._forget_on(worker, *key)
@@ -291,7 +293,7 @@ class LocalFleet:
         try:
             # One after the other: what costs one its life, or much time, shall not meet all of them at once.
             for one in ready:
-                await self._install_on(one, item, rehearsed.verdict)
+                await self._install_on(one, item, rehearsed)
         except BaseException as error:
             await self.uninstall(item.name, item.id)
             if isinstance(error, WorkerLost):
@@ -300,16 +302,17 @@ class LocalFleet:
                 # The first time it may have been chance.
                 raise (Transient if self._victims[item.name, item.digest] < _VICTIMS else LoadFailure)(told) from error
             raise
-        self._shelf.put(Shelved(item, rehearsed.verdict, names))
+        self._shelf.put(Shelved(item, rehearsed, names))
         self._changed()
         return self._signatures[item.name][item.id]
 
-    async def _install_on(self, worker: LocalWorker, item: Item, verdict: Verdict) -> None:
+    async def _install_on(self, worker: LocalWorker, item: Item, rehearsed: Rehearsed) -> None:
         """Raises LoadFailure, WorkerLost."""
-        found = await worker.install(item, verdict, self._load_timeout)
-        theirs = {item.name: {item.id: found.signature}}
+        found = await worker.install(item, rehearsed.verdict, self._load_timeout)
         try:
-            check_equal(worker.name, theirs, self._signatures)
+            check_equal(
+                worker.name, {item.name: {item.id: found.signature}}, {item.name: {item.id: rehearsed.signature}}
+            )
         except StartError as error:
             await worker.uninstall(item.name, item.id, _UNLOADING)
             raise LoadFailure(str(error)) from error

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from pullback_server.fleet.seam import LoadFailure
+from pullback_server.fleet.seam import LoadFailure, Rehearsed
 from pullback_server.hosting.items import Item
-from pullback_server.job import Verdict
+from pullback_server.job import Signature, Verdict
 
 #: Deaths of workers while they loaded an item at their start, after which it is left out there.
 _DEATHS = 2
@@ -16,10 +16,10 @@ _DEATHS = 2
 
 @dataclass(frozen=True)
 class Shelved:
-    """An item that is in service, what is known about it, and the names of the workers that should hold it."""
+    """An item that is in service, what its rehearsal found, and the names of the workers that should hold it."""
 
     item: Item
-    verdict: Verdict
+    rehearsed: Rehearsed
     workers: Sequence[str]
 
 
@@ -42,6 +42,11 @@ class Shelf:
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self._items
 
+    def signature(self, model: str, id: str) -> Signature | None:
+        """What an item in service must be on every worker."""
+        found = self._items.get((model, id))
+        return None if found is None else found.rehearsed.signature
+
     def died(self, worker: str, model: str, id: str) -> None:
         """A worker died while it loaded an item at its start."""
         key = (worker, model, id)
@@ -50,7 +55,7 @@ class Shelf:
     def of(self, worker: str) -> list[tuple[Item, Verdict | None]]:
         """What a worker should load at its start."""
         return [
-            (shelved.item, shelved.verdict)
+            (shelved.item, shelved.rehearsed.verdict)
             for (model, id), shelved in self._items.items()
             if worker in shelved.workers and self._deaths.get((worker, model, id), 0) < _DEATHS
         ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,14 +18,19 @@ _CHUNK = 4 << 20
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
-def copy(source: BinaryIO, to: Path) -> tuple[str, int]:
-    """Copies what can still be read of `source` to a new file. Its SHA-256 in hex, and its bytes."""
+def copy(source: BinaryIO, to: Path, stopped: Callable[[], bool] = lambda: False) -> tuple[str, int]:
+    """Copies what can still be read of `source` to a new file. Its SHA-256 in hex, and its bytes.
+
+    Raises OSError; InterruptedError soon after `stopped` tells so.
+    """
     digest = hashlib.sha256()
     size = 0
     to.parent.mkdir(parents=True, exist_ok=True)
     # Never a link: a file that is written to in place would change under those who use the copy.
     with to.open("xb") as copied:
         while chunk := source.read(_CHUNK):
+            if stopped():
+                raise InterruptedError("the server is stopping")
             digest.update(chunk)
             copied.write(chunk)
             size += len(chunk)

@@ -17,6 +17,11 @@ from pullback_server.hosting.manifest_source import Source, Table, Text, raise_a
 from pullback_server.hosting.options import Options
 from pullback_server.hosting.spec import TensorSpec
 
+#: Bytes that a manifest may have.
+LONGEST = 1 << 20
+#: Problems that are told of one manifest.
+_TOLD = 10
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -127,6 +132,12 @@ class Manifest(Table):
         return ordered if self.versions.latest is None else ordered[-self.versions.latest :]
 
 
+def check_length(raw: bytes, where: str) -> None:
+    """Raises RepositoryError for a manifest that is longer than any."""
+    if len(raw) > LONGEST:
+        raise RepositoryError(f"{where}: has more than {LONGEST} bytes, expected a manifest")
+
+
 def read_manifest(text: str, where: str, name: str) -> Manifest:
     """The manifest of the model `name`, whose directory is called so.
 
@@ -153,6 +164,9 @@ def read_manifest(text: str, where: str, name: str) -> Manifest:
                 return manifest
     if data.get("name", name) != name:
         problems.append(f"name is {data['name']!r}, expected {name!r} as its directory is called, or no such key")
+    more = len(problems) - _TOLD
+    if more > 0:
+        problems[_TOLD:] = [f"and {more} more problem{'s' if more > 1 else ''}"]
     raise RepositoryError("\n".join(f"{where}: {problem}" for problem in problems))
 
 

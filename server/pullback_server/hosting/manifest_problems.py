@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 from pullback_server.hosting.gate import Gate
 from pullback_server.hosting.options import Batching, Compile, Options
 
+#: Unknown keys for which it is looked what may have been meant.
+_HINTS = 10
+
 #: Tables that are dataclasses, which check themselves.
 _CHECKED = {("options",): Options, ("options", "batching"): Batching, ("options", "compile"): Compile, ("gate",): Gate}
 
@@ -35,6 +38,7 @@ Path = tuple[str | int, ...]
 def problems_of(error: ValidationError, data: dict[str, Any], model: type[BaseModel]) -> list[str]:
     """One sentence for each thing that is wrong with `data`, from which `model` could not be made."""
     known = _known(model)
+    hints = 0
     found: dict[Path, list[str]] = {}
     for one in error.errors(include_url=False):
         unknown = one["type"] in ("extra_forbidden", "unexpected_keyword_argument")
@@ -45,7 +49,8 @@ def problems_of(error: ValidationError, data: dict[str, Any], model: type[BaseMo
         if one["type"] == "too_short" and _at(where, data):
             # Members that are wrong have not been counted.
             continue
-        text = _unknown(where, known) if unknown else _expected(one)
+        hints += unknown
+        text = _expected(one) if not unknown else _unknown(where, known) if hints <= _HINTS else "is not a key"
         # Of a union, every member has complained.
         if text not in found.setdefault(where, []):
             found[where].append(text)

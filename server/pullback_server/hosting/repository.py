@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
-from pullback_server.hosting.manifest import Manifest, RepositoryError, read_manifest
+from pullback_server.hosting.manifest import LONGEST, Manifest, RepositoryError, check_length, read_manifest
 from pullback_server.hosting.repository_contents import (
     MANIFEST,
     Contents,
@@ -17,9 +18,9 @@ from pullback_server.hosting.repository_contents import (
     found_in,
 )
 from pullback_server.hosting.repository_files import Listed, Tree, reach, shown_url
-from pullback_server.hosting.snapshot import LONGEST, NotSettled, Staged, stage, text_of
+from pullback_server.hosting.snapshot import NotSettled, Staged, Unavailable, stage, text_of
 
-__all__ = ["Found", "NoSuchModel", "NotSettled", "Repository", "RepositoryError", "Scan", "Staged"]
+__all__ = ["Found", "NoSuchModel", "NotSettled", "Repository", "RepositoryError", "Scan", "Staged", "Unavailable"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Repository:
             raise RepositoryError(f"{self.url}: no model repository: {error}") from error
         #: Manifests that were read, or what is wrong with them, and the file's size and stamp then.
         self._read: dict[str, tuple[Listed, Manifest | str]] = {}
+        self._stopped = threading.Event()
 
     def check(self) -> None:
         """Raises RepositoryError when the root is missing, no directory, or cannot be read. Warns when it is empty."""
@@ -51,6 +53,14 @@ class Repository:
             raise self._unreadable(error) from error
         if not self.scan().models:
             _log.warning("%s: the model repository is empty", self.url)
+
+    def stop(self) -> None:
+        """Interrupts the copies under way; there are no more after it. Does not block."""
+        self._stopped.set()
+
+    def shown(self, text: str) -> str:
+        """A message without where the repository lies, which is not everybody's business."""
+        return text.replace(f"{self.url}/", "").replace(self.url, "the repository")
 
     def scan(self) -> Scan:
         """What is there now. Of files, only new or changed manifests are read.
@@ -74,12 +84,13 @@ class Repository:
     def stage(self, name: str, version: str, into: Path) -> Staged:
         """Copies a version, with what it shares with others, to the new directory `into`.
 
-        Raises RepositoryError for what cannot be used or copied (NotSettled: because it is being changed or not
-        complete), FileExistsError when there is something at `into`. No directory is then left behind.
+        Raises RepositoryError for what cannot be used or copied (Unavailable: for now; NotSettled: because it is being
+        changed or not complete), FileExistsError when there is something at `into`. No directory is then left behind.
         """
         # A manifest that was changed twice within one tick of the clock may not be the one that was read.
         self._read.pop(name, None)
-        return stage(self._files, lambda: self._look(name), f"{self.url}/{name}", name, version, into)
+        where = f"{self.url}/{name}"
+        return stage(self._files, lambda: self._look(name), where, name, version, into, self._stopped.is_set)
 
     def _look(self, name: str) -> tuple[Found, Contents]:
         # The name may be a caller's.
@@ -89,7 +100,7 @@ class Repository:
         except FileNotFoundError:
             raise NoSuchModel(f"{self.url} has no model {name!r}") from None
         except Exception as error:
-            raise RepositoryError(f"{self.url}/{name}: cannot be read: {error}") from error
+            raise Unavailable(f"{self.url}/{name}: cannot be read: {error}") from error
         return self._found(name, tree), contents_of(tree)
 
     def _found(self, name: str, tree: Tree) -> Found:
@@ -107,11 +118,12 @@ class Repository:
             where = f"{self.url}/{name}/{MANIFEST}"
             try:
                 with self._files.open(f"{name}/{MANIFEST}") as file:
-                    raw = file.read(LONGEST)
+                    raw = file.read(LONGEST + 1)
             except Exception as error:
                 # Not kept: the next scan may have better luck.
-                raise RepositoryError(f"{where}: cannot be read: {error}") from error
+                raise Unavailable(f"{where}: cannot be read: {error}") from error
             try:
+                check_length(raw, where)
                 kept = read_manifest(text_of(raw, where), where, name)
             except RepositoryError as error:
                 kept = str(error)

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pullback_server.hosting.digests import check_safetensors, compare, copy, digest_of
-from pullback_server.hosting.manifest import Manifest, RepositoryError, read_manifest
+from pullback_server.hosting.manifest import Manifest, RepositoryError, check_length, read_manifest
 from pullback_server.hosting.repository_contents import MANIFEST, SUMS, Contents, Found
 from pullback_server.hosting.repository_files import Files
 
-#: Bytes of a list of digests, and of a manifest, that are read at most.
-LONGEST = 16 << 20
+#: Bytes of a list of digests that are read at most.
+_LONGEST = 16 << 20
 
 
-class NotSettled(RepositoryError):
-    """What is to be copied is being changed, or not all there: worth another try later."""
+class Unavailable(RepositoryError):
+    """Something could not be read or written just now, whatever a version is like: worth another try later."""
+
+
+class NotSettled(Unavailable):
+    """What is to be copied is being changed, or not all there."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,18 @@ class Staged:
 
 
 def stage(
-    files: Files, look: Callable[[], tuple[Found, Contents]], where: str, name: str, version: str, into: Path
+    files: Files,
+    look: Callable[[], tuple[Found, Contents]],
+    where: str,
+    name: str,
+    version: str,
+    into: Path,
+    stopped: Callable[[], bool],
 ) -> Staged:
     """Copies a version to the new directory `into`; `look` lists the model, `where` is what it is called in messages.
 
-    Raises RepositoryError for what cannot be used or copied (NotSettled: because it is being changed), FileExistsError
-    when there is something at `into`. No directory is then left behind.
+    Raises RepositoryError for what cannot be used or copied (Unavailable: for now; NotSettled: because it is being
+    changed), FileExistsError when there is something at `into`. No directory is then left behind.
     """
     found, contents = look()
     fingerprint = _fingerprint(found, where, version)
@@ -52,19 +62,22 @@ def stage(
     except FileExistsError:
         raise
     except OSError as error:
-        raise RepositoryError(f"{where}/{version} cannot be copied to {into}: {error}") from None
+        raise Unavailable(f"{where}/{version} cannot be copied to {into}: {error}") from None
     try:
         try:
-            sums, size, listed = _copied(files, f"{name}/", contents, version, into)
+            sums, size, listed = _copied(files, f"{name}/", contents, version, into, stopped)
+        except InterruptedError as error:
+            raise Unavailable(f"{where}/{version} was not copied: {error}") from None
         except Exception as error:
             # What vanished or changed while it was read fails in as many ways as there are stores.
             _check_unchanged(look, where, version, fingerprint)
-            raise RepositoryError(f"{where}/{version} cannot be copied to {into}: {error}") from error
+            raise Unavailable(f"{where}/{version} cannot be copied to {into}: {error}") from error
         _check_unchanged(look, where, version, fingerprint)
         _check_whole(where, contents, version, into, sums, listed)
         # Read from what was copied: the listing may know the one before.
-        text = text_of((into / MANIFEST).read_bytes(), f"{where}/{MANIFEST}")
-        manifest = read_manifest(text, f"{where}/{MANIFEST}", name)
+        raw = (into / MANIFEST).read_bytes()
+        check_length(raw, f"{where}/{MANIFEST}")
+        manifest = read_manifest(text_of(raw, f"{where}/{MANIFEST}"), f"{where}/{MANIFEST}", name)
     except BaseException:
         shutil.rmtree(into, ignore_errors=True)
         raise
@@ -72,7 +85,7 @@ def stage(
 
 
 def _copied(
-    files: Files, prefix: str, contents: Contents, version: str, into: Path
+    files: Files, prefix: str, contents: Contents, version: str, into: Path, stopped: Callable[[], bool]
 ) -> tuple[dict[str, str], int, bytes | None]:
     """Digests of what was copied, by path in `into`; their bytes; and what SHA256SUMS says, if it is there."""
     sums: dict[str, str] = {}
@@ -81,9 +94,9 @@ def _copied(
     for to, path in contents.files(version).items():
         with files.open(prefix + path) as source:
             if path == f"{version}/{SUMS}":
-                listed = source.read(LONGEST)
+                listed = source.read(_LONGEST)
                 continue
-            sums[to], size = copy(source, into / to)
+            sums[to], size = copy(source, into / to, stopped)
         if size != contents.size(path):
             raise OSError(f"{path} has {size} bytes, it was listed with {contents.size(path)}")
         total += size
@@ -122,7 +135,7 @@ def _fingerprint(found: Found, where: str, version: str) -> str:
             raise problem
     if version not in found.versions:
         there = ", ".join(sorted(found.versions, key=int)) or "none"
-        raise RepositoryError(f"{where} has no version {version!r}; there are: {there}")
+        raise NotSettled(f"{where} has no version {version!r}; there are: {there}")
     return found.versions[version]
 
 

@@ -40,7 +40,7 @@ class Key(BaseModel):
 
     name: Annotated[str, Field(min_length=1)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    rights: list[Right]
+    rights: Annotated[list[Right], Field(min_length=1)]
     models: list[str] = ["*"]
 
 
@@ -112,6 +112,8 @@ def read_keys(path: str | None) -> Access:
     names = [key.name for key in found.key]
     if len(set(names)) < len(names):
         raise KeyFileError(f"admin keys {path}: two keys have one name")
+    if len({key.sha256 for key in found.key}) < len(found.key):
+        raise KeyFileError(f"admin keys {path}: two keys have one sha256, so that it is open which of them a call has")
     return Access(found.key)
 
 
