@@ -309,3 +309,11 @@ def test_every_option_is_a_key() -> None:
         assert line.startswith(f"options.{name} is a date")
         (line,) = problems(f"[options]\n{name}x = 1")
         assert line.startswith(f"options.{name}x is not a key")
+
+
+def test_of_many_problems_ten_are_told() -> None:
+    with pytest.raises(RepositoryError) as caught:
+        read_manifest("\n".join(f"k{number} = 1" for number in range(20_000)), "model.toml", "net")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "model.toml: and 19990 more problems"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pullback_server.hosting.repository import Found, NotSettled, Repository, RepositoryError, Scan
+from pullback_server.hosting.repository import Found, NotSettled, Repository, RepositoryError, Scan, Unavailable
 from pullback_server.hosting.repository_watch import Change, Watch
 
 
@@ -170,7 +170,7 @@ def test_a_model_without_versions(root: Path) -> None:
     assert f"{root}/net has no version, expected one in a directory such as {root}/net/1" in str(
         only(root).problems[""]
     )
-    assert "has no version '1'; there are: none" in refused(root)
+    assert "has no version '1'; there are: none" in refused(root, error=NotSettled)
 
 
 def test_an_empty_version(root: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_copy_is_no_link(root: Path) -> None:
 
 def test_what_is_not_there(root: Path) -> None:
     net(root, "1", "3")
-    assert refused(root, "2") == f"{root}/net has no version '2'; there are: 1, 3"
+    assert refused(root, "2", NotSettled) == f"{root}/net has no version '2'; there are: 1, 3"
     repository = Repository(str(root))
     for name, expected in [
         ("nett", "has no model 'nett'"),
@@ -401,8 +401,27 @@ def test_a_full_disk(root: Path) -> None:
     into = root.parent / "staged"
     command = [sys.executable, "-c", code, str(root), str(into)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert out.startswith(f"RepositoryError {root}/net/1 cannot be copied to {into}: ") and "too large" in out
+    assert out.startswith(f"Unavailable {root}/net/1 cannot be copied to {into}: ") and "too large" in out
     assert not into.exists()
+
+
+def test_a_copy_that_is_stopped(root: Path) -> None:
+    net(root, "1")
+    repository = Repository(str(root))
+    repository.stop()
+    with pytest.raises(Unavailable, match="stopping"):
+        repository.stage("net", "1", root.parent / "staged")
+    assert not (root.parent / "staged").exists()
+
+
+def test_a_manifest_that_is_far_too_long(root: Path) -> None:
+    net(root, "1")
+    write(root, "net/model.toml", b"#" * (1 << 20) + b"\n")
+    assert str(Repository(str(root)).scan().models["net"].error).endswith("has more than 1048576 bytes, expected a manifest")
+
+
+def test_what_callers_are_shown(root: Path) -> None:
+    assert Repository(str(root)).shown(f"{root}/net/1 is not in {root}") == "net/1 is not in the repository"
 
 
 def test_nowhere_to_stage_to(root: Path) -> None:

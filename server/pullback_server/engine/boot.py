@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,38 +73,68 @@ def device_memory(device: torch.device) -> int:
 
 
 def limit_memory(device: torch.device, allowance: int | None) -> None:
-    """Lets the process allocate so many bytes besides what it has (None: any); more fails where it is asked for.
+    """Lets the process allocate so many bytes besides what it has; more fails where it is asked for. None: any.
 
     On the CPU the machine's own limit would cost the process, or another one, at a time of the system's choosing.
     """
     if allowance is None:
-        _lift_limit(device)
         return
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        total = device_memory(device)
-        share = (torch.cuda.memory_allocated(device) + allowance) / total
-        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        _set_limit(device, _bytes_in_use(device) + allowance)
         return
     # What the first computation on several threads takes for good is not taken from the allowance.
     some = torch.ones(512, 512)
     (some @ some).sum()
     torch.ones(1 << 20).add_(1)
+    _set_limit(device, _bytes_in_use(device) + allowance)
+
+
+@contextlib.contextmanager
+def moving_limit(device: torch.device, allowance: int | None) -> Iterator[None]:
+    """While models are loaded or forgotten: no limit, and then the one before, moved by what that has taken or freed.
+
+    Not a new one besides what there is: that would add what sessions hold. allowance: as in `limit_memory`.
+    """
+    before = None if allowance is None else _limit(device)
+    if before is None:
+        yield
+        return
+    used = _bytes_in_use(device)
+    _set_limit(device, None)
+    try:
+        yield
+    finally:
+        _set_limit(device, before + _bytes_in_use(device) - used)
+
+
+def _limit(device: torch.device) -> int | None:
+    """Bytes that the process may have; None: any."""
+    if device.type == "cuda":
+        share: float = torch.cuda.get_per_process_memory_fraction(device)
+        return None if share >= 1.0 else int(share * device_memory(device))
+    usual, most = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if usual == most else usual
+
+
+def _set_limit(device: torch.device, limit: int | None) -> None:
+    if device.type == "cuda":
+        share = 1.0 if limit is None else min(max(limit / device_memory(device), 0.0), 1.0)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit is None or (most != resource.RLIM_INFINITY and limit > most):
+        limit = most
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+def _bytes_in_use(device: torch.device) -> int:
     # What loading and probing took and gave back to the allocator alone would count as the process's own.
     gc.collect()
-    trim_malloc()
-    limit = _data_bytes() + allowance
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
-
-
-def _lift_limit(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return
-    usual, most = resource.getrlimit(resource.RLIMIT_DATA)
-    if usual != most:
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        torch.cuda.empty_cache()
+        return int(torch.cuda.memory_allocated(device))
+    trim_malloc()
+    return _data_bytes()
 
 
 def _data_bytes() -> int:

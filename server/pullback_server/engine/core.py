@@ -153,6 +153,10 @@ class Engine:
         gc.collect()
         self._tidy()
 
+    def loaded(self) -> list[tuple[Registration, str]]:
+        """What was loaded, with the ids."""
+        return [(one.registration, id) for versions in self._models.values() for id, one in versions.items()]
+
     def signatures(self) -> list[Signature]:
         return [self._signature(hosted) for versions in self._models.values() for hosted in versions.values()]
 

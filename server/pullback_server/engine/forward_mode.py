@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.results import EngineResult, Results
 from pullback_server.engine.second import hooked, push_twice, tangents
-from pullback_server.engine.tripwire import has_hooks, is_foreign, nodes
+from pullback_server.engine.tripwire import has_hooks, is_foreign, lacks_adjoint, nodes
 from pullback_server.faults import Fault
 from pullback_wire import Reason
 
@@ -97,11 +97,14 @@ def _trustworthy(fw: Forward) -> bool:
     """Whether forward mode went through every part of the function as reverse mode would.
 
     It passes through torch.no_grad, through autograd.grad inside the model, and by hooks; and a custom operator without
-    a forward formula (torch.library, TorchScript) drops tangents without a word.
+    a forward formula (torch.library, TorchScript) drops tangents without a word. Of torch's own, some differ.
     """
     if fw.witness.hooks or fw.witness.cuts:
         return False
-    return all(not has_hooks(node) and (not is_foreign(node) or _has_jvp(node)) for node in nodes(fw.outputs.values()))
+    return all(
+        not has_hooks(node) and not lacks_adjoint(node) and (not is_foreign(node) or _has_jvp(node))
+        for node in nodes(fw.outputs.values())
+    )
 
 
 def _has_jvp(node: Any) -> bool:

@@ -110,7 +110,8 @@ class Package:
 _packages: dict[str, Package] = {}
 
 
-def _name_of(item: Item) -> str:
+def name_of(item: Item) -> str:
+    """What the package of an item is called."""
     # No two items have one name: "a.b" is not "a-b".
     text = f"{item.name}/{item.version}/{item.revision}/{item.digest[:12]}"
     return operators.ITEMS + re.sub("[^A-Za-z0-9]", lambda found: f"_{ord(found[0]):x}_", text)
@@ -119,7 +120,7 @@ def _name_of(item: Item) -> str:
 def package_of(item: Item) -> Package:
     """The package of an item, anew: nothing of it is imported yet."""
     forget(item)
-    name = _name_of(item)
+    name = name_of(item)
     directory = Path(item.directory).resolve()
     package = Package(name, directory)
     root = ModuleType(name, f"The files of {item.name} version {item.id}.")
@@ -139,7 +140,7 @@ def forget(item: Item) -> None:
 
     Code of the item that still runs keeps what it has imported, and can import no neighbour any more.
     """
-    name = _name_of(item)
+    name = name_of(item)
     if _packages.pop(name, None) is None:
         return
     operators.release(name)

@@ -20,7 +20,16 @@ from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.order_trial import OrderTrial
 from pullback_server.engine.samples import choices, sample, shapes
 from pullback_server.engine.trial import Compute, Extents, Failed, Variant, double_precision, job_by_everything
-from pullback_server.engine.tripwire import HOOK, has_hooks, is_foreign, key_of, nodes, title
+from pullback_server.engine.tripwire import (
+    HOOK,
+    has_hooks,
+    is_foreign,
+    key_of,
+    lacks_adjoint,
+    nodes,
+    title,
+    wrong_twice,
+)
 from pullback_server.faults import Fault
 from pullback_server.job import OrdersRecord, SpecRecord
 
@@ -40,6 +49,8 @@ class Ground:
     variants: list[Variant] = field(default_factory=list)
     why: str = ""
     foreign: list[str] = field(default_factory=list)
+    #: What of torch's own in its graphs has no second derivative that is right, in words.
+    wrong: str = ""
     _twin: HostedModel | None = None
 
     def twin(self) -> HostedModel:
@@ -60,11 +71,15 @@ def probe(hosted: HostedModel, compute: Compute) -> Ground:
     foreign: dict[Any, str] = {}
     for records in choices(hosted):
         try:
-            ground.variants.append((records, _explore(hosted, records, foreign)))
+            ground.variants.append((records, _explore(ground, records, foreign)))
         except Failed as failure:
             ground.variants, ground.why = [], f"no sample input made it run ({failure})"
             hosted.orders = OrdersRecord(1, False, f"not probed: no sample input made the model run ({failure})")
             return ground
+    if ground.wrong:
+        hosted.orders = OrdersRecord(1, not foreign, f"probed at load: {ground.wrong}")
+        ground.foreign = sorted(foreign.values())
+        return ground
     if not foreign:
         hosted.orders = OrdersRecord(-1, True, "probed at load: its graph holds operations of torch alone")
         return ground
@@ -123,8 +138,9 @@ def _unprobed(hosted: HostedModel) -> OrdersRecord:
     )
 
 
-def _explore(hosted: HostedModel, records: list[SpecRecord], foreign: dict[Any, str]) -> Extents:
+def _explore(ground: Ground, records: list[SpecRecord], foreign: dict[Any, str]) -> Extents:
     """Finds extents with which the model runs; notes its outputs, and what in its graph is not torch's."""
+    hosted = ground.hosted
     failure = "no free extents fit"
     for extents in shapes(records):
         inputs = sample(records, extents, torch.Generator().manual_seed(0), cautious=hosted.device.type == "cuda")
@@ -138,6 +154,8 @@ def _explore(hosted: HostedModel, records: list[SpecRecord], foreign: dict[Any, 
                 for node in nodes(fw.outputs.values()):
                     if is_foreign(node):
                         foreign[key_of(node)] = title(node)
+                    ground.wrong = ground.wrong or wrong_twice(node)
+                    hosted.forward_mode = hosted.forward_mode and not lacks_adjoint(node)
                 if fw.witness.hooks or hosted.hooked or any(map(has_hooks, nodes(fw.outputs.values()))):
                     foreign[HOOK] = "a hook"
                 return extents

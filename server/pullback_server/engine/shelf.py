@@ -8,9 +8,13 @@ from types import ModuleType
 
 import torch
 
-from pullback_server.engine.boot import gated, limit_memory, told
+from pullback_server.engine import operators
+from pullback_server.engine.boot import gated, moving_limit, told
+from pullback_server.engine.bystanders import Bystanders
 from pullback_server.engine.core import Engine
 from pullback_server.engine.records import cleaned, trace_of
+from pullback_server.engine.surroundings import Surroundings, kept
+from pullback_server.faults import listed
 from pullback_server.hosting import Item, Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_server.ipc.messages import Installed, NotInstalled
@@ -34,10 +38,14 @@ class Shelf:
         self._allowance = allowance
         self._gate = gate
         self._items: dict[tuple[str, str], Item] = {}
+        self._bystanders = Bystanders(engine)
 
     def load(self, number: int, item: Item, verdict: Verdict | None) -> Installed | NotInstalled:
         """Loads an item, or says why not; then nothing is left of it."""
-        limit_memory(self._engine.device, None)
+        with moving_limit(self._engine.device, self._allowance):
+            return self._loaded(number, item, verdict)
+
+    def _loaded(self, number: int, item: Item, verdict: Verdict | None) -> Installed | NotInstalled:
         found = self._try(number, item, verdict)
         if isinstance(found, Installed):
             self._items[item.name, item.id] = item
@@ -45,15 +53,27 @@ class Shelf:
             # Not before the exception has gone, which holds on to what was built.
             self._engine.unload(item.name, item.id)
             _sources().forget(item)
+        self._bystanders.drop(item.name, item.id)
         # Every process starts torch at one and the same seed; but two workers' dropout must differ.
         torch.seed()
-        limit_memory(self._engine.device, self._allowance)
         return found
 
     def _try(self, number: int, item: Item, verdict: Verdict | None) -> Installed | NotInstalled:
         try:
+            self._bystanders.watch()
+            before = Surroundings()
             registration = _sources().registration_of(item, self._known, self._engine.device)
-            signature = self._engine.load(gated(registration, self._gate), verdict)
+            with kept(_owner(item)):
+                signature = self._engine.load(gated(registration, self._gate), verdict)
+            operators.check(_sources().name_of(item))
+            changed = self._bystanders.changed()
+            if changed:
+                before.restore()
+                replaced = before.unpatch(all=True)
+                raise LoadError(
+                    f"{_owner(item)}: since it was loaded, {changed} computes something else"
+                    f"{f', for {listed(replaced)} is another' if replaced else ''}; host it on a server of its own"
+                )
             return Installed(number, signature, self._engine.verdict(item.name, item.id))
         # A model's code may raise anything, and may even exit; what served before goes on serving.
         except (Exception, SystemExit) as error:
@@ -64,10 +84,9 @@ class Shelf:
         """Forgets a model; nothing happens where it is not there."""
         item = self._items.pop((model, id), None)
         if item is not None:
-            limit_memory(self._engine.device, None)
-            self._engine.unload(model, id)
-            _sources().forget(item)
-            limit_memory(self._engine.device, self._allowance)
+            with moving_limit(self._engine.device, self._allowance):
+                self._engine.unload(model, id)
+                _sources().forget(item)
 
     def load_all(
         self, items: Sequence[tuple[Item, Verdict | None]], begins: Callable[[Item], None]

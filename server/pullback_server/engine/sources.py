@@ -17,7 +17,7 @@ from torch import nn
 from pullback_server.engine import operators
 from pullback_server.engine.exported import load_exported
 from pullback_server.engine.hosted import copied, takes_arguments
-from pullback_server.engine.modules import Package, forget, package_of
+from pullback_server.engine.modules import Package, forget, name_of, package_of
 from pullback_server.engine.scripted import load_scripted
 from pullback_server.engine.surroundings import kept
 from pullback_server.engine.weights import load_weights
@@ -28,7 +28,7 @@ from pullback_server.hosting.manifest import Manifest
 from pullback_server.hosting.manifest_source import Source
 from pullback_server.hosting.spec import Registration, TensorSpec, first_line, registrations_of
 
-__all__ = ["forget", "registration_of"]
+__all__ = ["forget", "name_of", "registration_of"]
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")

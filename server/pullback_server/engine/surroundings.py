@@ -52,12 +52,15 @@ def _set_signals(before: dict[int, Any]) -> None:
                 signal.signal(number, handler)
 
 
-def _modes() -> int:
-    return int(torch._C._len_torch_function_stack())
+def _modes() -> tuple[int, object]:
+    default: Any = torch._GLOBAL_DEVICE_CONTEXT  # type: ignore[attr-defined]
+    context = getattr(default, "device_context", None)
+    return int(torch._C._len_torch_function_stack()), None if context is None else context.device
 
 
-def _set_modes(before: int) -> None:
-    while _modes() > before:
+def _set_modes(before: tuple[int, object]) -> None:
+    torch.set_default_device(before[1])  # type: ignore[arg-type]
+    while _modes()[0] > before[0]:
         torch._C._pop_torch_function_stack()
 
 
@@ -120,6 +123,10 @@ def _global_hooks() -> list[dict[Any, Any]]:
     return [value for name, value in vars(module).items() if name.startswith("_global_") and isinstance(value, dict)]
 
 
+#: What Python itself puts into classes.
+_NOTES = {"__annotations__", "__doc__", "__slotnames__", "__parameters__", "__warningregistry__", "__abstractmethods__"}
+
+
 class Surroundings:
     """The state of the process at one time."""
 
@@ -150,7 +157,7 @@ class Surroundings:
                 for name in now.keys() - before.keys()
                 if isinstance(space, type) and any(name in vars(base) for base in space.__mro__[1:])
             ]
-            for name in changed:
+            for name in set(changed) - _NOTES:
                 value = now.get(name)
                 if all or id(value) in known or _of_a_model(value):
                     found.append(f"{space.__name__}.{name}")

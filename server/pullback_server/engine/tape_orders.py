@@ -26,6 +26,7 @@ from pullback_server.engine.tripwire import (
     nodes,
     title,
     watcher,
+    wrong_twice,
 )
 from pullback_server.faults import Fault
 from pullback_wire import Reason
@@ -81,6 +82,8 @@ class Watch:
                     f"its graph holds {node.metadata[_DERIVED]} differentiated already, which is proven for order 2 "
                     "and no more"
                 )
+            if why := wrong_twice(node):
+                raise self._fault(why)
             owner = owner_of(node)
             if is_foreign(node):
                 self._admit(node, [] if owner is None else [owner])

@@ -66,6 +66,38 @@ def has_hooks(node: Any) -> bool:
     return False
 
 
+#: torch's own nodes whose second derivative is known to be wrong, and what to do about each.
+_WRONG = {
+    "WeightNormInterfaceBackward0": "torch._weight_norm has a wrong second derivative in torch itself; write it out as "
+    "v * (g / torch.norm_except_dim(v, 2, dim)), or call it by its name in torch",
+}
+
+
+def wrong_twice(node: Any) -> str:
+    """Why the second derivative of a node of torch's own is wrong, and what to do; empty: it is not known to be."""
+    return _WRONG.get(type(node).__name__, "")
+
+
+#: Nodes whose forward mode is not the adjoint of their backward where two values are equal.
+_TIES = frozenset(f"{name}Backward0" for name in ("Fmax", "Fmin", "Maximum", "Minimum"))
+#: What a node that has none says of its padding index: -1, as torch keeps it.
+_NO_PADDING = (-1, (1 << 64) - 1)
+
+
+def padding_of(node: Any) -> int | None:
+    """The row of an embedding whose gradient is zero by definition."""
+    index = getattr(node, "_saved_padding_idx", None) if type(node).__name__.startswith("Embedding") else None
+    return None if index in _NO_PADDING else index
+
+
+def lacks_adjoint(node: Any) -> bool:
+    """Whether forward mode of a node of torch's own may be something else than the adjoint of its backward."""
+    name = type(node).__name__
+    if name.startswith("Embedding"):
+        return padding_of(node) is not None or bool(getattr(node, "_saved_scale_grad_by_freq", False))
+    return name in _TIES
+
+
 def is_error(node: Any) -> bool:
     return type(node).__name__ in _ERRORS or node.name().rpartition("::")[2] in _ERRORS
 
@@ -161,6 +193,8 @@ class Tripwire:
         on_nodes = False
         for node in nodes(outputs):
             on_nodes = on_nodes or has_hooks(node)
+            if proof and (why := wrong_twice(node)):
+                raise self._fault(why)
             if is_foreign(node):
                 self._admit(node)
                 self.foreign.append(node)
