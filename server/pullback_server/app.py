@@ -112,6 +112,8 @@ class App:
         """Stops serving: probes first, then calls within `grace` seconds, then workers."""
         self._vitals.ready = False
         self._vitals.reason = "stopping"
+        if self._curator is not None:
+            self._curator.stop()
         if self._front is not None:
             await self._front.stop(grace)
         if self._curator is not None:
@@ -160,6 +162,8 @@ class App:
     async def _beat(self) -> None:
         while True:
             self._vitals.beat()
+            if self._curator is not None:
+                self._curator.table.refresh()
             await asyncio.sleep(1.0)
 
     def _tell(self) -> None:

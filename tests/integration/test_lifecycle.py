@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tests.serving import Served, command
 
 import pullback as pb
+from pullback_server.rpc.access import new_key
 from pullback_wire import MODEL_METHODS, TensorWriter, decode, encode_message
 from pullback_wire.v1 import gradient_service_pb2, model_service_pb2
 
@@ -368,3 +369,76 @@ def test_a_malicious_file_in_the_path_of_uploads_runs_nothing(tmp_path: Path) ->
     finally:
         watched.stop()
     assert not canary.exists()
+
+
+def test_a_server_that_stops_waits_for_no_load_and_no_upload(tmp_path: Path) -> None:
+    key, entry = new_key("all", ["load", "upload"], ["*"])
+    (tmp_path / "keys.toml").write_text(entry)
+    root = tmp_path / "repository"
+    put(root, "scale", 1, 1.0)
+    put(root, "slow", 1, 1.0)
+    slow = f"import pathlib, time\npathlib.Path({str(tmp_path / 'loading')!r}).touch()\ntime.sleep(60)\n"
+    (root / "slow" / "model.py").write_text(slow)
+    served = Served(
+        tmp_path, "--repository", str(root), "--repository-mode", "explicit", "--load-model", "scale",
+        "--uploads", str(tmp_path / "uploads"), "--admin-keys", "keys.toml",
+    )  # fmt: skip
+    try:
+        metadata = (("authorization", f"Bearer {key}"),)
+        header = model_service_pb2.UploadHeader(model="scale", version="2", size_bytes=1000, sha256=bytes(32))
+        more = threading.Event()
+
+        def parts(*sent: model_service_pb2.UploadWeightsRequest) -> Iterator[bytes]:
+            yield from (part.SerializeToString() for part in sent)
+            more.wait(60)
+
+        upload = served.channel.stream_unary("/pullback.v1.ModelService/UploadWeights")
+        begun = model_service_pb2.UploadWeightsRequest(header=header)
+        load = served.channel.unary_unary(MODEL_METHODS["LoadModel"].path)
+        request = model_service_pb2.LoadModelRequest(name="slow").SerializeToString()
+        calls = [
+            load.future(request, timeout=60, metadata=metadata),
+            upload.future(parts(begun), timeout=60, metadata=metadata),
+            upload.future(parts(), timeout=60, metadata=metadata),
+        ]
+        until(lambda: [*(tmp_path / "uploads" / ".incoming").iterdir()] != [], "the upload begins")
+        until(lambda: (tmp_path / "loading").exists(), "the load begins")
+        began = time.monotonic()
+        served.process.send_signal(signal.SIGTERM)
+        for call in calls:
+            error = call.exception(timeout=10)
+            assert isinstance(error, grpc.RpcError)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE and "the server is stopping" in error.details()
+        assert served.process.wait(20) == 0
+        assert time.monotonic() - began < 10
+        more.set()
+        assert not [*(tmp_path / "uploads").glob("*/*")]
+    finally:
+        served.process.kill()
+
+
+def test_uploads_that_are_cancelled_give_their_room_back(tmp_path: Path) -> None:
+    key, entry = new_key("all", ["upload"], ["*"])
+    (tmp_path / "keys.toml").write_text(entry)
+    root = tmp_path / "repository"
+    put(root, "scale", 1, 1.0)
+    served = Served(
+        tmp_path, "--repository", str(root), "--uploads", str(tmp_path / "uploads"), "--admin-keys", "keys.toml",
+        "--max-uploads-bytes", "1000000",
+    )  # fmt: skip
+    try:
+        metadata = (("authorization", f"Bearer {key}"),)
+        upload = served.channel.stream_unary("/pullback.v1.ModelService/UploadWeights")
+        for at in range(60):
+            header = model_service_pb2.UploadHeader(model="scale", version="2", size_bytes=900_000, sha256=bytes(32))
+            begun = model_service_pb2.UploadWeightsRequest(header=header).SerializeToString()
+            call = upload.future(iter([begun]), timeout=20, metadata=metadata)
+            time.sleep(at % 10 / 2000)
+            call.cancel()
+        until(lambda: not [*(tmp_path / "uploads" / ".incoming").iterdir()], "nothing is left")
+        with pb.connect(served.target, key=key) as client:
+            data = {"a": np.array(2.0), "big": np.zeros(1, np.float32)}
+            assert client.upload_weights("scale", data, 2).state == "ready"
+    finally:
+        served.process.terminate()
+        assert served.process.wait(30) == 0

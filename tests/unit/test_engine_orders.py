@@ -577,3 +577,86 @@ def test_higher_order_of_an_operation_that_has_none_is_refused() -> None:
     v = host("evaluate", "f", {"x": x}).outputs["output"]
     with jobs.refused(Reason.ORDER_UNAVAILABLE, "flash"):
         hvp(host, x, v, x)
+
+
+class Normed(nn.Module):
+    """Weight norm, whose fused kernel has a wrong second derivative in torch itself."""
+
+    def __init__(self, how: str, dim: int | None) -> None:
+        super().__init__()
+        norm = nn.utils.weight_norm if how == "old" else nn.utils.parametrizations.weight_norm
+        self.inner = norm(nn.Linear(4, 3), dim=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x).sin()
+        return found
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("how", ["old", "new"])
+def test_weight_norm(how: str, dim: int | None, dtype: torch.dtype) -> None:
+    host = jobs.host_factory(
+        lambda: Normed(how, dim).to(dtype), inputs={"x": spec(str(dtype).removeprefix("torch."), ["n", 4])}
+    )
+    assert orders(host).reverse == -1
+    own = host.engine.find("f", "").parameters
+    bias, g, v = (
+        next(own[name].detach() for name in own if name.endswith(ends))
+        for ends in (("bias",), ("_g", "original0"), ("_v", "original1"))
+    )
+    names = [next(name for name in own if own[name].shape == t.shape and own[name].equal(t)) for t in (bias, g, v)]
+    leaves = [t.clone().double().requires_grad_() for t in (bias, g, v)]
+    x, c = torch.randn(2, 4, dtype=dtype), torch.randn(2, 3, dtype=dtype)
+    t = [torch.randn_like(leaf, dtype=dtype) for leaf in leaves]
+    norm = leaves[2].norm() if dim is None else leaves[2].norm(dim=1 - dim, keepdim=True)
+    y = (c.double() * (x.double() @ (leaves[2] * (leaves[1] / norm)).T + leaves[0]).sin()).sum()
+    first = torch.autograd.grad(y, leaves, create_graph=True)
+    expected = torch.autograd.grad(sum((a * b.double()).sum() for a, b in zip(first, t, strict=True)), leaves)
+    reply = host(
+        "hvp",
+        "f",
+        {"x": x},
+        wrt=[f"param:{name}" for name in names],
+        cotangents={"output": c},
+        tangents={f"param:{name}": one for name, one in zip(names, t, strict=True)},
+    )
+    for name, right in zip(names, expected, strict=True):
+        close(reply.hvps[f"param:{name}"].double(), right, 1e-9 if dtype == torch.float64 else 1e-4)
+
+
+def test_a_node_with_a_wrong_second_derivative_is_refused() -> None:
+    """Where the fused kernel is called by another name nothing can take its place."""
+    fused = torch._weight_norm
+    for inputs in ({}, {"x": spec("float64", [3, 4])}):
+        host = jobs.host_function(lambda x: fused(x, x[:, :1] ** 2 + 1, 0), inputs=inputs)
+        assert orders(host).reverse == 1
+        with jobs.refused(Reason.ORDER_UNAVAILABLE, "weight_norm", "norm_except_dim"):
+            hvp(host, real(3, 4), real(3, 4), real(3, 4))
+        jvp(host, real(3, 4), real(3, 4))
+
+
+SKEWED = {
+    "padding": lambda x: torch.nn.functional.embedding(torch.tensor([[0, 1]]), x, padding_idx=0),
+    "fmax": lambda x: torch.fmax(x, x.flip(1)),
+    "fmin": lambda x: torch.fmin(x, x.flip(1)),
+    "maximum": lambda x: torch.maximum(x, x.flip(1)),
+    "often": lambda x: torch.nn.functional.embedding(torch.tensor([[0, 0]]), x, scale_grad_by_freq=True),
+}
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_a_jvp_is_the_adjoint_of_the_vjp_of_torchs_own_operations(name: str) -> None:
+    function = SKEWED[name]
+    host = jobs.host_function(lambda x: function(x))
+    x = torch.tensor([[1.0, 2.0, 2.0, 1.0], [0.0, 3.0, 3.0, 5.0]], dtype=torch.float64)
+    t, v = real(2, 4), real(*function(x).shape)
+    pulled = host("vjp", "f", {"x": x}, wrt=["x"], cotangents={"output": v}).grads["x"]
+    if name == "often":
+        with jobs.refused(Reason.ORDER_UNAVAILABLE, "has no JVP"):
+            jvp(host, x, t)
+        with jobs.refused(Reason.ORDER_UNAVAILABLE, "scale_grad_by_freq"):
+            hvp(host, x, v, t)
+        return
+    close((pulled * t).sum(), (jvp(host, x, t) * v).sum())

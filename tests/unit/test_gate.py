@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from pullback_server import Gate, spec
 from pullback_server.engine import Engine
+from pullback_server.engine.trial import job_by_everything
+from pullback_server.faults import Fault
 from pullback_server.hosting import Abilities, Registration
 from pullback_server.hosting.gate import CHECKS
 from pullback_server.hosting.loading import LoadError, load_source
 from pullback_server.hosting.options import Options
 from pullback_server.job import CheckRecord, Signature
+from pullback_wire import Reason
 
 torch.set_num_threads(1)
 Tensor = torch.Tensor
@@ -210,6 +215,99 @@ def test_what_else_requires_grad() -> None:
     assert "by the input 'x'" in refused(Model, {"x": spec("float32", ["n", 3])}, gate=Gate(points=4))
 
 
+class Kept(nn.Module):
+    """Its code finds a parameter elsewhere than in its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.5, -0.5, 2.0]))
+        self.hidden = [self.w]
+
+
+class KeptWrong(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.hidden[0] * self.w.detach()
+
+
+class KeptRight(Kept):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.hidden[0] * self.w
+
+
+def test_parameters_that_code_keeps_elsewhere_are_moved_where_they_are() -> None:
+    inputs = {"x": spec("float32", ["n", 3])}
+    assert "by the parameter 'w'" in refused(KeptWrong, inputs)
+    found = outcomes(load(KeptRight, inputs))
+    assert found["gradient"] == found["purity"] == "passed"
+
+
+class Locked(nn.Module):
+    """It cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y * y.detach()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_model_that_cannot_be_copied(dtype: str) -> None:
+    text = refused(lambda: Locked().to(getattr(torch, dtype)), {"x": spec(dtype, ["n", 3])}, kind="factory")
+    assert "by central differences" in text
+
+
+SCALAR = {"x": spec("float64", [])}
+BRANCHES: dict[str, Any] = {
+    "below zero": (lambda x: x * (x.detach() if x < 0 else x), SCALAR),
+    "above zero": (lambda x: x * (x.detach() if x > 0 else x), SCALAR),
+    "a small place": (lambda x: x * (x.detach() if 0.6 < x < 0.7 else x), SCALAR),
+    "many rows": (lambda x: x * (x.detach() if len(x) > 4 else x), {"x": spec("float64", ["n", 3])}),
+    "one row": (lambda x: x * (x.detach() if len(x) == 1 else x), {"x": spec("float64", ["n", 3])}),
+    "single precision": (lambda x: x * (x.detach() if x.dtype == torch.float32 else x), ROWS),
+    "only y": (
+        lambda x, y=None, z=None: x if y is None else x * y * (y.detach() if z is None else y * z),
+        {name: spec("float64", [3]) for name in "xyz"},
+    ),
+    **{
+        f"expert {k}": (
+            lambda i, x, k=k: x * (x.detach() if i == k else x),
+            {"i": spec("int64", [], low=0, high=3), "x": spec("float64", [3])},
+        )
+        for k in range(4)
+    },
+    **{
+        f"flag {flag}": (
+            lambda b, x, flag=flag: x * (x.detach() if bool(b) == flag else x),
+            {"b": spec("bool", []), "x": spec("float64", [3])},
+        )
+        for flag in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_wrong_on_a_branch(name: str) -> None:
+    assert "is not the derivative of its outputs" in refused(*BRANCHES[name])
+
+
+def test_what_is_slow_is_asked_for_its_gradient_first() -> None:
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(0.51)
+        return x * x.detach()
+
+    text = refused(slow, gate=Gate(seconds=6.0))
+    assert "is not the derivative of its outputs" in text
+
+
+def test_a_gradient_that_is_not_finite_is_noted() -> None:
+    gradient = checks(load(lambda x: torch.where(x > -50, x, x.sqrt() * 0)))["gradient"]
+    assert gradient.outcome == "noted" and "NaN" in gradient.detail
+
+
 # Second order.
 
 
@@ -246,6 +344,15 @@ def test_second_order_of_torchs_own_operations() -> None:
     assert "its second derivative is not that of its gradient" in text and 'intended={"second"' in text
     found = checks(load(cut, gate=Gate(intended={"second": "a surrogate"})))
     assert found["gradient"].outcome == "passed" and found["second"].outcome == "declared"
+    engine = Engine(torch.device("cpu"))
+    gate = Gate(intended={"second": "a surrogate"})
+    orders = engine.load(Registration("m", cut, kind="function", inputs=N, gate=gate)).orders
+    assert orders.reverse == 1 and "a surrogate" in orders.evidence
+    x = torch.ones(3, dtype=torch.float64)
+    job, tensors = job_by_everything("hvp", engine.find("m", ""), {"x": x}, cotangents={"output": x})
+    with pytest.raises(Fault, match="a surrogate") as caught:
+        engine.run(job, tensors)
+    assert caught.value.reason is Reason.ORDER_UNAVAILABLE
 
 
 # Determinism and purity.
@@ -410,6 +517,15 @@ RIGHT: dict[str, Any] = {
     "in place": (lambda x: x.mul_(2).sin() * x, {"x": spec("float32", ["n"])}),
     "bounded": (lambda x: x.log() + (1 - x).sqrt(), {"x": spec("float64", ["n"], low=0, high=1)}),
     "far off": (lambda x: (x - 1e6).sin(), {"x": spec("float64", ["n"], low=1e6, high=1e6 + 1)}),
+    "times": (lambda x: (x - 1.7e9).sin(), {"x": spec("float64", [], low=1.7e9, high=1.7e9 + 1)}),
+    "numpy's single precision": (
+        lambda x: (
+            own(lambda x: torch.from_numpy(np.sin(x.numpy(), dtype=np.float32)).double(), lambda g, x: g * x.cos())(x)
+            + x
+        ),
+        {"x": spec("float64", ["n"])},
+    ),
+    "waves": (lambda x: x + 1e-6 * (1e7 * x).sin(), None),
     "differentiates itself": (
         lambda x: torch.autograd.grad((x.requires_grad_() ** 3).sum(), x, create_graph=True)[0],
         {"x": spec("float64", ["n"])},
@@ -420,6 +536,39 @@ RIGHT: dict[str, Any] = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(name: str) -> None:
     assert outcomes(load(*RIGHT[name]))["gradient"] == "passed"
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(10, 8, padding_idx=0), nn.Linear(8, 2)
+
+    def forward(self, i: Tensor) -> Tensor:
+        found: Tensor = self.linear(self.table(i))
+        return found
+
+
+@pytest.mark.parametrize("high", [1, 9, 999])
+def test_what_a_padding_row_is_does_not_depend_on_the_tokens_drawn(high: int) -> None:
+    rows = {"input": spec("int64", ["n", 64], low=0, high=high)}
+    found = outcomes(built(lambda: nn.Embedding(high + 1, 4, padding_idx=0), rows))
+    assert found["gradient"] == found["second"] == "passed"
+    declared = Gate(intended={"gradient": "it pads"})
+    assert checks(built(lambda: nn.Embedding(high + 1, 4, padding_idx=0), rows, gate=declared))["gradient"].outcome
+    found = outcomes(built(Padded, {"i": spec("int64", ["n", 16], low=0, high=9)}))
+    assert found["gradient"] == found["second"] == "passed"
+
+
+def test_single_precision_far_off_is_not_refused() -> None:
+    function = own(lambda x: torch.from_numpy(np.sin(x.numpy(), dtype=np.float32)).double(), lambda g, x: g * x.cos())
+    found = outcomes(load(lambda x: function(x), {"x": spec("float64", ["n"], low=1000, high=1001)}))
+    assert found["gradient"] in ("passed", "skipped")
+
+
+def test_symmetric_matrices() -> None:
+    square = {"x": spec("float64", [3, 3])}
+    assert "(x + x.mH) / 2" in refused(lambda x: torch.linalg.eigvalsh(x), square)
+    assert outcomes(load(lambda x: torch.linalg.eigvalsh(x + x.mT), square))["gradient"] == "passed"
 
 
 @pytest.mark.parametrize("options", [{"autocast": "bfloat16"}, {"checkpoint": ("layers.0",)}, {"micro_batch": 2}])

@@ -417,7 +417,9 @@ def test_a_copy_that_is_stopped(root: Path) -> None:
 def test_a_manifest_that_is_far_too_long(root: Path) -> None:
     net(root, "1")
     write(root, "net/model.toml", b"#" * (1 << 20) + b"\n")
-    assert str(Repository(str(root)).scan().models["net"].error).endswith("has more than 1048576 bytes, expected a manifest")
+    assert str(Repository(str(root)).scan().models["net"].error).endswith(
+        "has more than 1048576 bytes, expected a manifest"
+    )
 
 
 def test_what_callers_are_shown(root: Path) -> None:

@@ -385,6 +385,83 @@ def test_a_header_whose_length_begins_like_a_pickle(tied: Path, suffix: str) -> 
     torch.testing.assert_close(evaluate(item, x), expected(values, x))
 
 
+THRICE = """
+    import torch
+    from torch import nn
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(3, 3, bias=False) for _ in range(3))
+            self.b.weight = self.c.weight = self.a.weight
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+"""
+
+
+@pytest.mark.parametrize("names", ["ab", "bc", "ca", "abc"])
+def test_each_name_of_a_tied_parameter_is_compared(tmp_path: Path, names: str) -> None:
+    write(tmp_path, model=THRICE)
+    item = make_item(tmp_path, {"object": "Net"}, inputs={"x": {"dtype": "float32"}})
+    value = torch.tensor([[1.0, float("nan"), 3.0]] * 3)
+    save_file({f"{name}.weight": value.clone() for name in names}, tmp_path / "weights.safetensors")
+    loaded = registration_of(item, {}).target()  # type: ignore[operator]
+    torch.testing.assert_close(loaded.a.weight.detach(), value, equal_nan=True)
+    save_file({f"{name}.weight": i + value for i, name in enumerate(names)}, tmp_path / "weights.safetensors")
+    with pytest.raises(LoadError, match="are one parameter in the model, and differ here"):
+        registration_of(item, {}).target()  # type: ignore[operator]
+
+
+def test_weights_that_are_narrow_empty_or_numbers(tmp_path: Path) -> None:
+    text = """
+        import torch
+        from torch import nn
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.narrow = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+                self.number = nn.Parameter(torch.zeros(()))
+                self.nothing = nn.Parameter(torch.zeros(0, 3))
+                self.register_buffer("count", torch.tensor(0))
+            def forward(self, x):
+                return x * self.narrow.float() * self.number + self.nothing.sum() + self.count
+    """
+    write(tmp_path, model=text)
+    values = {
+        "narrow": torch.tensor([1.0, 2.0, 3.0]).bfloat16(),
+        "number": torch.tensor(2.0),
+        "nothing": torch.zeros(0, 3),
+        "count": torch.tensor(5),
+    }
+    save_file(values, tmp_path / "weights.safetensors")
+    loaded = registration_of(make_item(tmp_path, {"object": "Net"}), {}).target()  # type: ignore[operator]
+    for name, value in values.items():
+        own = loaded.state_dict()[name]
+        assert own.dtype == value.dtype and torch.equal(own, value)
+
+
+def test_a_model_that_writes_into_its_weights_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    text = """
+        import torch
+        from torch import nn
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(3))
+            def forward(self, x):
+                with torch.no_grad():
+                    self.weight.add_(1)
+                return x * self.weight
+    """
+    write(tmp_path, model=text)
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(3)}, path)
+    before = path.read_bytes()
+    item = make_item(tmp_path, {"object": "Net"}, inputs={"x": {"dtype": "float32"}})
+    one, other = (registration_of(item, {}).target() for _ in range(2))  # type: ignore[operator]
+    assert one(torch.ones(3)).tolist() == [2, 2, 2] and other.weight.tolist() == [1, 1, 1]
+    assert path.read_bytes() == before
+
+
 def test_weights_into_a_model_on_the_meta_device(tied: Path) -> None:
     values = state()
     save_file(values, tied / "weights.safetensors")

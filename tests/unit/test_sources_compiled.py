@@ -469,3 +469,57 @@ def test_no_copy_of_torchscript_runs_with_given_parameters() -> None:
     weight = real(3, 3)
     with tape.refused(Reason.UNSUPPORTED_BY_MODEL, "TorchScript in part"):
         session.model("m", {"x": session.leaf(X)}, parameters={"inner.weight": session.leaf(weight)})
+
+
+class Dropping(nn.Module):
+    def __init__(self, chance: float = 0.5, tracked: bool = True) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(chance)
+        self.norm = nn.BatchNorm1d(3, track_running_stats=tracked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.drop(x)).tanh()
+
+
+class Mixed(nn.Module):
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.traced(x))
+
+
+def traced(module: nn.Module, train: bool = False) -> Any:
+    return torch.jit.trace(module.double().train(train), (real(4, 3),), check_trace=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "fixed"),
+    [
+        (lambda: traced(Dropping()), "'batch_norm', 'dropout'"),
+        (lambda: traced(nn.GRU(3, 3, 2, dropout=0.5)), "'gru'"),
+        (lambda: torch.jit.script(Mixed(traced(Dropping()))), "'batch_norm', 'dropout'"),
+        (lambda: traced(Dropping(0.0, tracked=False)), ""),
+        (lambda: traced(nn.GRU(3, 3)), ""),
+        (lambda: traced(nn.Linear(3, 3)), ""),
+        (lambda: torch.jit.script(Dropping().double()), ""),
+        (lambda: torch.jit.script(Mixed(traced(nn.Linear(3, 3)))), ""),
+    ],
+)
+def test_a_trace_in_eval_mode_has_no_train_mode(tmp_path: Path, make: Any, fixed: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make().save(str(tmp_path / "model.pt"))
+    found = registration_of(items.make_item(tmp_path, {"kind": "torchscript", "file": "model.pt"}), {})
+    assert found.abilities.train == (f"it was traced in eval mode, in which its {fixed} stay" if fixed else "")
+    assert len(found.abilities.notes) == 1
+
+
+def test_a_trace_in_train_mode_says_so(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced(Dropping(), train=True).save(str(tmp_path / "model.pt"))
+    found = registration_of(items.make_item(tmp_path, {"kind": "torchscript", "file": "model.pt"}), {})
+    assert found.abilities.train == "" and "'batch_norm', 'dropout' run in train mode" in found.abilities.notes[1]

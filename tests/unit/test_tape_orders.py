@@ -337,3 +337,34 @@ def test_batched_gradients_are_watched_as_well(code: Any) -> None:
         return s.get(s.grad(s.op("sum", g), x))
 
     assert answered(second, ((6 * value - value.sin()) * rows).sum(0)) == (code is Right)
+
+
+class Normed(nn.Module):
+    """Weight norm by torch's own function, or by its fused kernel, whose second derivative is wrong in torch itself."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.norm = torch._weight_norm if fused else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = (self.norm or torch._weight_norm)(x, x[:, :1] ** 2 + 1, 0)
+        return found
+
+
+@pytest.mark.parametrize("inputs", [{}, {"x": spec("float64", [3, 4])}], ids=["undeclared", "declared"])
+def test_weight_norm(inputs: Any) -> None:
+    point, t = real(3, 4), real(3, 4)
+    leaf = point.clone().requires_grad_()
+    y = leaf * ((leaf[:, :1] ** 2 + 1) / leaf.norm(dim=1, keepdim=True))
+    (first,) = torch.autograd.grad(y.sin().sum(), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(first, leaf, t)
+    for fused in (False, True):
+        s = Session(factory(lambda fused=fused: Normed(fused), inputs=inputs))  # type: ignore[misc]
+        x = s.leaf(point)
+        total = s.op("sum", s.op("sin", s.model("f", [x])))
+        if fused:
+            with refused(Reason.ORDER_UNAVAILABLE, "weight_norm"):
+                s.grad(total, x, create_graph=True)
+        else:
+            g = s.grad(total, x, create_graph=True)
+            close(s.get(s.grad(s.op("sum", s.op("mul", g, s.put(t))), x)), expected)

@@ -156,6 +156,7 @@ def load_models(engine: Engine, setup: Setup) -> tuple[list[Signature], dict[tup
     for source in setup.sources:
         try:
             found += [(source, registration) for registration in load_source(source)]
+            operators.check()
         except LoadError as error:
             raise LoadError(f"{error}{_line_in(source, error.__cause__)}") from error
     if setup.registrations is not None:

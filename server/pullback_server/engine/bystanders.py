@@ -42,7 +42,7 @@ class Bystanders:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # None: it has none, for its shapes are not declared, or it does not run.
+        # None: it has none, for its shapes are not declared, it does not run, or never gives the same twice.
         self._samples: dict[tuple[str, str], _Sample | None] = {}
 
     def watch(self) -> None:
@@ -50,11 +50,14 @@ class Bystanders:
         there = {(one.name, id) for one, id in self._engine.loaded()}
         self._samples = {key: one for key, one in self._samples.items() if key in there}
         end = time.monotonic() + _BUDGET
-        for name, id in sorted(there - self._samples.keys()):
+        # Known ones again, for a model may change by what happens to it alone.
+        for number, (name, id) in enumerate(sorted(there, key=lambda key: (key in self._samples, key))):
             if time.monotonic() > end:
-                _log.warning("%d models have no sample yet, to compare with", len(there) - len(self._samples))
+                _log.warning("%d models were not computed, to compare with later", len(there) - number)
                 return
-            self._samples[name, id] = self._sampled(self._engine.find(name, id))
+            known = self._samples.get((name, id))
+            if (name, id) not in self._samples or (known is not None and not self._same(known)):
+                self._samples[name, id] = self._sampled(name, id)
 
     def drop(self, model: str, id: str) -> None:
         """Another model will have this name."""
@@ -68,15 +71,22 @@ class Bystanders:
             if time.monotonic() > end:
                 _log.warning("%d models were not compared with what they computed before", len(samples) - number)
                 return ""
-            try:
-                found = self._run(one.job, one.tensors)
-            except (Fault, WritesInputs) as error:
-                return f"model {name!r} version {id} ({error})"
-            if len(found) != len(one.found) or not all(map(_close, found, one.found)):
+            if not self._same(one):
                 return f"model {name!r} version {id}"
         return ""
 
-    def _sampled(self, hosted: HostedModel) -> _Sample | None:
+    def _same(self, one: _Sample) -> bool:
+        try:
+            found = self._run(one.job, one.tensors)
+        except (Fault, WritesInputs):
+            return False
+        return len(found) == len(one.found) and all(map(_close, found, one.found))
+
+    def _sampled(self, model: str, id: str) -> _Sample | None:
+        try:
+            hosted = self._engine.find(model, id)
+        except Fault:
+            return None
         for records in choices(hosted):
             for extents in shapes(records):
                 generator = torch.Generator().manual_seed(0)
@@ -86,7 +96,9 @@ class Bystanders:
                     continue
                 inputs = {name: tensor.to(self._engine.device) for name, tensor in made.items()}
                 try:
-                    return self._of(hosted, inputs, generator)
+                    found = self._of(hosted, inputs, generator)
+                    # Of one that is never the same nothing can be told, and slow ones would hold up every load.
+                    return found if found.seconds < _BUDGET / 4 and self._same(found) else None
                 except (Fault, WritesInputs):
                     continue
         return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from pullback_server.engine.gate_checks import Checks
 from pullback_server.engine.gate_slopes import Told
 from pullback_server.engine.gate_state import Runs
@@ -18,7 +20,7 @@ from pullback_server.engine.trial import Compute, Failed
 from pullback_server.engine.tuning import settle_batching
 from pullback_server.hosting.gate import CHECKS
 from pullback_server.hosting.loading import LoadError
-from pullback_server.job import BatchRecord, CheckRecord
+from pullback_server.job import BatchRecord, CheckRecord, OrdersRecord
 
 _WHAT_TO_DO = {
     "gradient": "fix the backward (a gradient cut off by detach or no_grad is missing too)",
@@ -47,6 +49,8 @@ def pass_gate(hosted: HostedModel, compute: Compute, ground: Ground) -> None:
     if refused:
         raise LoadError(f"{hosted.owner}: {'; '.join(_refusal(name, told[name]) for name in refused)}")
     hosted.checks = [_record(hosted, name, told[name], reasons[name]) for name in names]
+    if told["second"].outcome == "failed":
+        hosted.orders = _declared_orders(hosted, reasons["second"])
 
 
 def pass_rows(hosted: HostedModel, compute: Compute) -> None:
@@ -106,6 +110,24 @@ def _reason(hosted: HostedModel, name: str, told: dict[str, Told]) -> str:
     return reason
 
 
+def _declared_orders(hosted: HostedModel, reason: str) -> OrdersRecord:
+    """The orders of a model whose second derivative is not that of its gradient.
+
+    Where that is so of its first one already, every order is that of the gradient that torch computes.
+    """
+    orders = hosted.orders
+    evidence = f"its second derivative is not that of its gradient, as is intended: {reason}"
+    if "second" in hosted.registration.gate.intended:
+        return OrdersRecord(1, orders.forward, evidence + hosted.no_jvp)
+    return OrdersRecord(orders.reverse, orders.forward, f"{orders.evidence}; {evidence}")
+
+
+def _peculiar(hosted: HostedModel) -> bool:
+    """Whether it depends on the indices that a sample draws what a gradient of torch's own modules comes to."""
+    assert hosted.module is not None
+    return any(isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) for module in hosted.module.modules())
+
+
 def _refusal(name: str, told: Told) -> str:
     return f'{told.detail}; {_WHAT_TO_DO[name]}, or declare intended={{"{name}": "why"}}'
 
@@ -115,7 +137,7 @@ def _record(hosted: HostedModel, name: str, told: Told, reason: str) -> CheckRec
     if told.outcome == "failed":
         return CheckRecord(name, "declared", f"{reason} ({told.detail})")
     if name in hosted.registration.gate.intended and told.outcome == "passed":
-        if hosted.stock and name in ("gradient", "second"):
+        if hosted.stock and name in ("gradient", "second") and not _peculiar(hosted):
             raise LoadError(
                 f"{hosted.owner} declares intended={{{name!r}: {reason!r}}}, but it is made of torch's own modules "
                 f"alone, and this check passes: {told.detail}; take that out"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import replace
 
+from pullback_server.engine.gate_agreement import agrees_with, settle_forward_mode
 from pullback_server.engine.gate_elements import locate, number
 from pullback_server.engine.gate_slopes import Ask, Told, first_order, second_order, settle
 from pullback_server.engine.gate_state import Runs, check_state
@@ -20,6 +22,8 @@ _SLOW, _LARGE, _MOVED = 0.5, 50_000_000, 5_000_000
 _HUGE = 500_000_000
 #: Of the gate's seconds, the share that is spent on second derivatives of torch's own operations.
 _SHARE = 0.25
+#: Nodes of what torch differentiates as a function of symmetric matrices.
+_SYMMETRIC = ("LinalgEigh", "LinalgCholesky", "Cholesky")
 #: Seconds to find a wrong element in.
 _SEARCH = 5.0
 
@@ -33,28 +37,30 @@ class Checks:
         self._ground = ground
         self._deadline = deadline
         self._late = f"took longer than {hosted.registration.gate.seconds:g} s"
+        self._since = time.monotonic()
+        #: Parameters that cannot be moved, for a copy of the model does not have its own where its code looks for them.
+        self._kept: list[str] = []
         self._elements = sum(parameter.numel() for parameter in hosted.parameters.values())
 
     def __call__(self) -> dict[str, Told]:
         """What came of each."""
-        determinism, purity = self._state()
+        runs = self._timed()
+        slow = self._hosted.gradient_seconds > _SLOW
+        # Of the little that a slow model can be asked, its gradient comes first.
+        told = self._derivatives() if slow else {}
+        determinism, purity = runs if isinstance(runs, tuple) else self._state(runs)
         found = {"determinism": determinism, "purity": purity}
         if any(told.outcome == "failed" for told in found.values()):
             blind = Told("skipped", "its calls do not give the same again, so that differences tell nothing")
             return found | {"gradient": blind, "second": blind}
-        trial = self._trial()
-        if isinstance(trial, Told):
-            return found | {"gradient": trial, "second": trial}
-        found["gradient"] = self._gradient(trial)
-        found["second"] = self._second(trial)
-        return found
+        return found | (told if slow else self._derivatives())
 
-    def _state(self) -> tuple[Told, Told]:
+    def _timed(self) -> Runs | tuple[Told, Told]:
         runs = None
         try:
             runs = Runs(self._hosted, self._compute, self._ground.variants[-1], self._deadline)
             runs.time()
-            return check_state(runs)
+            return runs
         except TooLong:
             told = Told("skipped", self._late)
         except Failed as failure:
@@ -64,14 +70,33 @@ class Checks:
                 self._hosted.gradient_seconds = runs.gradient_seconds
         return told, told
 
+    def _state(self, runs: Runs) -> tuple[Told, Told]:
+        try:
+            return check_state(runs)
+        except TooLong:
+            told = Told("skipped", self._late)
+        except Failed as failure:
+            told = Told("skipped", f"a sample's VJP fails: {failure}")
+        return told, told
+
+    def _derivatives(self) -> dict[str, Told]:
+        trial = self._trial()
+        if isinstance(trial, Told):
+            return {"gradient": trial, "second": trial}
+        gradient = self._gradient(trial)
+        if gradient.outcome != "failed" and self._hosted.gradient_seconds <= _SLOW and not self._ground.foreign:
+            settle_forward_mode(self._hosted, trial, self._ground.variants)
+        return {"gradient": gradient, "second": self._second(trial)}
+
     def _trial(self) -> Trial | Told:
         """What derivatives are compared on: a copy in double precision, or the model itself."""
         trial = Trial(self._hosted, self._compute, self._deadline, wide=False)
         if self._elements <= _HUGE:
             try:
                 wide = Trial(self._ground.twin(), self._compute, self._deadline)
-                with double_precision():
-                    wide.point(*self._ground.variants[0], 0)
+                if self._hosted.gradient_seconds <= _SLOW:
+                    with double_precision():
+                        wide.point(*self._ground.variants[0], 0)
                 trial = wide
             except TooLong:
                 return Told("skipped", self._late)
@@ -81,25 +106,55 @@ class Checks:
         room = _MOVED if self._elements > _LARGE else self._elements
         for name, parameter in sorted(trial.parameters.items(), key=lambda item: item[1].numel()):
             room -= parameter.numel()
-            # Nothing can stand in for what its code keeps elsewhere.
-            if room < 0 or name in trial.hosted.kept or self._hosted.registration.abilities.parameters:
+            if room < 0 or self._hosted.registration.abilities.parameters:
                 del trial.parameters[name]
+            elif (kept := trial.hosted.kept.get(name)) is not None:
+                # Nothing can stand in for what its code keeps elsewhere.
+                if kept.copied or not trial.wide:
+                    trial.in_place.add(name)
+                else:
+                    del trial.parameters[name]
+                    self._kept.append(name)
         return trial
 
     def _settled(self, trial: Trial, ask: Ask, points: int) -> Told:
-        points = 1 if self._hosted.gradient_seconds > _SLOW or self._elements > _LARGE else points
+        slow = self._hosted.gradient_seconds > _SLOW
+        points = 1 if slow or self._elements > _LARGE else points
+        since = -math.inf if self._elements > _LARGE else self._since
         with double_precision() if trial.wide else contextlib.nullcontext():
-            told = settle(trial, self._ground.variants, ask, points, self._late)
+            told = settle(trial, self._ground.variants, ask, points, self._late, since=since, hasty=slow)
             if told.wrong is not None:
                 told = replace(told, detail=self._told(trial, told))
         return told
 
     def _gradient(self, trial: Trial) -> Told:
         told = self._settled(trial, first_order, self._hosted.registration.gate.points)
+        if told.outcome == "passed" and trial.wide and self._hosted.gradient_seconds <= _SLOW:
+            told = self._narrow(trial, told)
+        if self._kept and told.outcome == "passed":
+            names = ", ".join(map(repr, self._kept))
+            return Told("noted", f"{told.detail}; not looked at by {names}, which its code keeps elsewhere as well")
         every = [name for name, own in self._hosted.parameters.items() if own.is_floating_point() or own.is_complex()]
         if told.outcome == "passed" and len(trial.parameters) < len(every):
             return replace(told, detail=f"{told.detail}; of {len(every)} parameters by {len(trial.parameters)}")
         return told
+
+    def _narrow(self, trial: Trial, told: Told) -> Told:
+        """Holds the gradient in its own precision, where its code may go another way, against that in double."""
+        narrow = Trial(self._hosted, self._compute, trial.deadline, wide=False)
+        narrow.parameters = {name: own for name, own in narrow.parameters.items() if name in trial.parameters}
+        narrow.in_place = set(trial.in_place)
+        try:
+            if all(agrees_with(narrow, trial, variant) for variant in self._ground.variants):
+                return told
+            own = self._settled(narrow, first_order, 1)
+        except Failed:
+            return told
+        if own.outcome in ("failed", "passed"):
+            return own if own.outcome == "failed" else told
+        return Told(
+            "noted", f"{told.detail}; in its own precision it is another one, of which differences tell nothing"
+        )
 
     def _second(self, trial: Trial) -> Told:
         """Of code that is not torch's the probe has said what can be promised; there is nothing more to refuse."""
@@ -112,6 +167,13 @@ class Checks:
         # Of torch's own modules the derivatives are torch's as well.
         told = self._settled(trial, second_order, 1 if self._hosted.stock else self._hosted.registration.gate.points)
         return replace(told, detail="took too long") if told.detail == self._late else told
+
+    def _hint(self, trial: Trial) -> str:
+        if not any(kind.startswith(_SYMMETRIC) for kind in trial.kinds):
+            return ""
+        return (
+            "; torch's eigh and cholesky differentiate among symmetric matrices alone, so make it one: (x + x.mH) / 2"
+        )
 
     def _told(self, trial: Trial, told: Told) -> str:
         """What is wrong with a derivative, in words."""
@@ -138,5 +200,5 @@ class Checks:
         return (
             f"its gradient by the {what} {name!r} is not the derivative of its outputs, {told.detail}: {at}the "
             f"gradient of a random combination of them is {number(element.analytical)}, and by central differences "
-            f"{number(element.numerical)}"
+            f"{number(element.numerical)}{self._hint(trial)}"
         )

@@ -7,23 +7,26 @@ where nothing can be told (a kink, noise, NaN) gives way to others.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from pullback_server.engine.differences import DOUBLE, SINGLE, Slope, slope
 from pullback_server.engine.order_trial import derived
-from pullback_server.engine.samples import spread
+from pullback_server.engine.samples import shapes, spread, values
 from pullback_server.engine.trial import TRIES, Failed, Point, Tensors, TooLong, Trial, Variant, normal, paired
 from pullback_server.job import GradRef
 
 #: As many parameters are moved one at a time; of more, so many groups.
 _SINGLY, _GROUPS = 8, 4
-#: A derivative that is wrong here and there must be so at as many points, of so many tried at least.
-_OFTEN, _TRIED = 2, 3
+#: A derivative that is wrong somewhere is looked at so often close by, and must be wrong there again.
+_AGAIN, _NEARBY = 3, 1e-2
+#: Points at most, of which more than are asked for while the gate has taken less than so many seconds.
+_MOST, _QUICK = 16, 0.04
 
 
 @dataclass(frozen=True)
@@ -54,82 +57,191 @@ class Told:
 Ask = Callable[[Trial, Point, int], Iterator[Question]]
 
 
-def settle(trial: Trial, variants: list[Variant], ask: Ask, points: int, late: str) -> Told:
-    """Asks at so many points for each choice of inputs. late: what to say where time runs out."""
+def settle(
+    trial: Trial, variants: list[Variant], ask: Ask, points: int, late: str, *, since: float = 0.0, hasty: bool = False
+) -> Told:
+    """Asks at so many points for each choice of inputs, and at more where that is quick.
+
+    late: what to say where time runs out. since: when the gate began; hasty: a call takes so long that few can be made.
+    """
+    noted = None
     for variant in variants:
-        told = _settle(trial, variant, ask, points, late)
-        if told.outcome != "passed":
+        told = Settling(trial, variant, ask, points, late, since, hasty)()
+        if told.outcome not in ("passed", "noted"):
             return told
-    return told
+        noted = noted or (told if told.outcome == "noted" else None)
+    return noted or told
 
 
-def _settle(trial: Trial, variant: Variant, ask: Ask, points: int, late: str) -> Told:
-    right: Counter[str] = Counter()
-    near: Counter[str] = Counter()
-    wrong: dict[str, list[tuple[Point, Question, Slope]]] = {}
-    asked: list[str] = []
-    tried, failure, done = 0, "no sample gave finite values; declare low and high of its inputs", True
-    for number in range(TRIES):
-        try:
-            point = _scaled(trial, variant, trial.point(*variant, number))
-            if not point.v:
-                return Told("skipped", "no output can be differentiated")
-            if not point.t:
-                return Told("skipped", "nothing can stand in for what its outputs depend on")
-            questions = list(ask(trial, point, number))
-            if not all(math.isfinite(question.expected) and math.isfinite(question.here) for question in questions):
+class Settling:
+    """One choice of inputs, at point after point."""
+
+    def __init__(
+        self, trial: Trial, variant: Variant, ask: Ask, points: int, late: str, since: float, hasty: bool
+    ) -> None:
+        self._trial, self._variant, self._ask, self._late = trial, variant, ask, late
+        self._since, self._hasty = since, hasty
+        counts = [values(record, variant[1][record.name]) for record in variant[0]]
+        self._points = points
+        #: Every value of a flag is met.
+        self._least = points if hasty else max([points, *counts])
+        self._right: Counter[str] = Counter()
+        self._near: Counter[str] = Counter()
+        self._odd: dict[str, tuple[Point, Question, Slope]] = {}
+        self._asked: list[str] = []
+        self._tried = self._infinite = 0
+        self._extents = [variant[1]]
+        symbols = any(isinstance(extent, str) for record in variant[0] for extent in record.shape or ())
+        if symbols and not hasty:
+            small = [found for found in shapes(variant[0]) if found != variant[1]]
+            self._extents += sorted(small, key=lambda found: sum(map(math.prod, found.values())))[:4]
+
+    def __call__(self) -> Told:
+        failure, done = "no sample gave finite values; declare low and high of its inputs", True
+        for number in range(_MOST):
+            if self._enough(number):
+                break
+            # Other extents come after those that are known to run.
+            more = number >= self._least
+            extents = self._extents[(number - self._least + 1) % len(self._extents) if more else 0]
+            try:
+                point = self._trial.point(self._variant[0], extents, number)
+                if not point.v:
+                    return Told("skipped", "no output can be differentiated")
+                if not point.t:
+                    return Told("skipped", "nothing can stand in for what its outputs depend on")
+                wrong = self._look(point, number)
+                if wrong is not None:
+                    return wrong
+            except TooLong:
+                done = False
+                break
+            except Failed as error:
+                if extents is not self._variant[1]:
+                    self._extents.remove(extents)
+                else:
+                    failure = str(error)
+        return self._told(failure, done)
+
+    def _enough(self, number: int) -> bool:
+        settled = bool(self._asked) and all(
+            self._right[what] >= self._points or what in self._odd for what in self._asked
+        )
+        if number >= TRIES and not settled:
+            return True
+        return settled and number >= self._least and time.monotonic() - self._since > _QUICK
+
+    def _look(self, point: Point, number: int) -> Told | None:
+        """Asks at a point; what is wrong there, if it is so close by as well. Raises Failed."""
+        _scaled(self._trial, self._variant, point)
+        questions = list(self._ask(self._trial, point, number))
+        if not all(math.isfinite(question.expected) and math.isfinite(question.here) for question in questions):
+            self._infinite += all(math.isfinite(question.here) for question in questions)
+            return None
+        self._tried += 1
+        self._asked = self._asked or [question.what for question in questions]
+        odd = []
+        for place, question in enumerate(questions):
+            found = answer(self._trial, point, question, self._hasty)
+            self._right[question.what] += found.right is True
+            self._near[question.what] += found.near
+            if found.right is False:
+                odd.append((place, question, found))
+        for place, question, found in odd:
+            try:
+                times = self._again(point, place, number)
+            except TooLong:
+                if question.what in self._odd or not self._right[question.what]:
+                    return Told("failed", f"at all of {self._tried} points", (point, question, found))
+                raise
+            if times:
+                return Told("failed", f"at a point and {times} close by", (point, question, found))
+            self._odd.setdefault(question.what, (point, question, found))
+        return None
+
+    def _again(self, point: Point, place: int, number: int) -> int:
+        """At how many points close by a derivative is wrong as well: with the same integers and flags."""
+        times = 0
+        for turn in range(_AGAIN):
+            moving = {name.partition(":")[2]: t for name, t in point.t.items() if name.startswith("input:")}
+            near = {
+                name: tensor + _NEARBY * normal(tensor, point.generator).clamp(-1, 1) * moving[name].abs()
+                if tensor.is_floating_point() and name in moving
+                else tensor
+                for name, tensor in point.inputs.items()
+            }
+            try:
+                other = _scaled(self._trial, self._variant, self._trial.at(near, 1000 * (number + 1) + turn))
+                question = list(self._ask(self._trial, other, number))[place]
+            except TooLong:
+                raise
+            except (Failed, IndexError):
                 continue
-            tried += 1
-            asked = asked or [question.what for question in questions]
-            for question in questions:
-                what = question.what
-                if right[what] >= points and what not in wrong:
-                    continue
-                found = _answer(trial, point, question)
-                right[what] += found.right is True
-                near[what] += found.near
-                if found.right is False:
-                    wrong.setdefault(what, []).append((point, question, found))
-        except TooLong:
-            done = False
-            break
-        except Failed as error:
-            failure = str(error)
-            continue
-        if tried >= _TRIED and (often := _worst(wrong)) is not None and len(often) >= _OFTEN:
-            return Told("failed", f"at {len(often)} of {tried} points", often[-1])
-        if asked and not wrong and all(right[what] >= points for what in asked):
-            break
-    # What nothing spoke against at any point, and what was about right, is right but for noise.
-    right.update({what: near[what] for what in asked if not right[what] and what not in wrong})
-    never = [what for what in asked if not right[what]]
-    if not done and (often := _worst({what: wrong[what] for what in never if what in wrong})) is not None:
-        return Told("failed", f"at all of {len(often)} points", often[-1])
-    if not tried:
-        return Told("skipped", failure if done else late)
-    if never:
-        unclear = f"differences tell nothing of {', '.join(never)} at {tried} points: kinks, or rounding"
-        return Told("skipped", unclear if done else late)
-    remark = f"; not along {', '.join(wrong)} at one of {tried}, as around a kink" if wrong else ""
-    precision = "double precision" if trial.wide else "its own precision"
-    count = min(right[what] for what in asked)
-    return Told("passed", f"agrees with central differences in {precision} at {count} points{remark}")
+            if math.isfinite(question.expected) and math.isfinite(question.here):
+                times += answer(self._trial, other, question, self._hasty).right is False
+        return times
+
+    def _told(self, failure: str, done: bool) -> Told:
+        right, odd, asked = self._right, self._odd, self._asked
+        # What nothing spoke against at any point, and what was about right, is right but for noise.
+        right.update({what: self._near[what] for what in asked if not right[what] and what not in odd})
+        never = [what for what in asked if not right[what]]
+        infinite = f"at {self._infinite} points its gradient is NaN or infinite where its outputs are not"
+        if not self._tried and self._infinite and done:
+            return Told("noted", infinite)
+        if not self._tried:
+            return Told("skipped", failure if done else self._late)
+        if never:
+            unclear = f"differences tell nothing of {', '.join(never)} at {self._tried} points: kinks, or rounding"
+            return Told("skipped", unclear if done else self._late)
+        precision = "double precision" if self._trial.wide else "its own precision"
+        told = f"agrees with central differences in {precision} at {min(right[what] for what in asked)} points"
+        if odd:
+            told += f"; not along {', '.join(odd)} at one of {self._tried}, though close by: a kink there"
+        if self._infinite:
+            told += f"; {infinite}"
+        return Told("noted" if odd or self._infinite else "passed", told)
 
 
-def _worst(wrong: dict[str, list[tuple[Point, Question, Slope]]]) -> list[tuple[Point, Question, Slope]] | None:
-    return max(wrong.values(), key=len, default=None)
-
-
-def _answer(trial: Trial, point: Point, question: Question) -> Slope:
-    found = Slope(None, math.nan, math.nan)
-    if trial.wide:
-        found = slope(question.expected, question.here, question.size, question.value, DOUBLE)
+def answer(trial: Trial, point: Point, question: Question, hasty: bool = False) -> Slope:
+    """What differences say to a question."""
+    nothing = found = Slope(None, math.nan, math.nan)
+    double = trial.wide or (point.width == 8 and all(_bytes(tensor) == 8 for tensor in point.t.values()))
+    blur, grain = _rounded(trial, point, question)
+    if double:
+        precision = replace(DOUBLE, steps=DOUBLE.steps[:2], finer=()) if hasty else DOUBLE
+        found = slope(question.expected, question.here, question.size, question.value, precision, blur, grain)
         if found.right or point.width == 8:
             return found
     # In steps so small, what is computed in single precision is a staircase.
     if point.width == 4:
-        found = slope(question.expected, question.here, question.size, question.value, SINGLE)
-    return Slope(None, math.nan, math.nan) if point.width < 4 else found
+        return slope(question.expected, question.here, question.size, question.value, SINGLE, blur, grain)
+    return nothing
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.itemsize // (2 if tensor.is_complex() else 1)
+
+
+def _rounded(trial: Trial, point: Point, question: Question) -> tuple[float, float]:
+    """How far rounding of what is moved may take differences from the slope, and the step that is one unit of it."""
+    blur = grain = 0.0
+    for name, tangent in question.along.items():
+        own = moved_by(trial, point, name)
+        if own is None or not tangent.numel():
+            continue
+        unit = torch.finfo(own.dtype).eps * own.detach().abs().double()
+        size = float(tangent.abs().double().square().mean().sqrt())
+        grain = max(grain, float(unit.square().mean().sqrt()) / size if size else 0.0)
+        gradient = question.gradients.get(name)
+        if gradient is not None:
+            blur += float((gradient.abs().double() * unit).sum())
+    return blur, grain
+
+
+def moved_by(trial: Trial, point: Point, name: str) -> torch.Tensor | None:
+    place, _, bare = name.partition(":")
+    return point.inputs.get(bare) if place == "input" else trial.parameters.get(bare) if place == "param" else None
 
 
 def _scaled(trial: Trial, variant: Variant, point: Point) -> Point:
@@ -182,7 +294,7 @@ def second_order(trial: Trial, point: Point, number: int) -> Iterator[Question]:
     here, size = (paired(outcome.gradients, values, point.t, absolute) for absolute in (False, True))
     v = {f"output:{name}": tensor for name, tensor in point.v.items()}
     for what, along in [*directions(point.t), ("the cotangents", v)]:
-        s = {name: normal(like, point.generator) * _size(like) for name, like in along.items()}
+        s = {name: point.drawn(name, like) * _size(like) for name, like in along.items()}
         yield Question(what, s, paired(derived(outcome), values, s), here, size, _pulled(trial, point, s), {})
 
 

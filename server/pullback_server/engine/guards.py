@@ -132,12 +132,12 @@ def without_cudnn() -> Iterator[None]:
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """torch._weight_norm as it is defined: the derivative of the fused one's backward is wrong (torch 2.13 and before)."""
+    """torch._weight_norm as it is defined: the fused one's backward has a wrong derivative (torch 2.13 and before)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 class _PlainKernels:
-    """torch.nn.attention.sdpa_kernel(MATH) in a tenth of its time, with compiled code off, and weight norm written out."""
+    """torch.nn.attention.sdpa_kernel(MATH) in a tenth of its time, compiled code off, and weight norm written out."""
 
     _GET: tuple[Callable[[], bool], ...] = (
         torch._C._get_flash_sdp_enabled,

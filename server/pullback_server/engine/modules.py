@@ -5,8 +5,9 @@ helper.py, and a revision runs its own code with classes of its own. `import hel
 of the item, whenever it is executed, for each of its modules has an `__import__` of its own among its builtins;
 neighbours go before what is installed, as beside a script. No .pyc is read or written.
 
-Not isolated: what the files import from elsewhere is shared, as in any process, and so is what they do to it; and code
-of others that imports by name for them (importlib.import_module("helper"), a pickle) does not find neighbours.
+Not isolated: what the files import from elsewhere is shared, as in any process (`surroundings` and `operators` see to
+what they do to torch); and code of others that imports by name for them (importlib.import_module("helper"), a pickle)
+does not find neighbours.
 """
 
 from __future__ import annotations

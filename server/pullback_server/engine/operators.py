@@ -36,10 +36,11 @@ def own(package: str, title: str) -> None:
     _titles[package] = title
 
 
-def check(package: str) -> None:
-    """Raises LoadError where the package was refused an operator, also if its code went on."""
-    if error := _refused.pop(package, None):
-        raise error
+def check(package: str = "") -> None:
+    """Raises LoadError where the package (none: any) was refused an operator, also if its code went on."""
+    for one in [package] if package else list(_refused):
+        if error := _refused.pop(one, None):
+            raise error
 
 
 def release(package: str) -> None:
@@ -123,7 +124,7 @@ def _claim(name: str, defines: bool, library: Any) -> None:
     code, who = _registrant()
     name = name.removesuffix(".default")
     owner = _owners.get(name)
-    if owner == who or owner is None and not who:
+    if owner == who or (owner is None and not who):
         pass
     elif owner is not None:
         raise _refusal(who, code, name, f"which {_title(owner)} has defined")
@@ -138,10 +139,10 @@ def _claim(name: str, defines: bool, library: Any) -> None:
 def _exists(name: str) -> bool:
     bare, _, overload = name.partition(".")
     try:
-        there: list[str] = torch._C._jit_get_operation(bare)[1]  # type: ignore[assignment]
+        there: Any = torch._C._jit_get_operation(bare)[1]
     except RuntimeError:
         return False
-    return overload in there
+    return overload in (there or ())
 
 
 def _registrant() -> tuple[str, str]:

@@ -85,8 +85,8 @@ class OrderTrial(Trial):
         point = narrow.point(*variant, number)
         v, t = point.v, point.t
         found = narrow.run("hvp", point.inputs, cotangents=v, tangents=t)
-        expected = self.run("hvp", _widened(point.inputs), cotangents=_widened(v), tangents=_widened(t))
-        along = {name: normal(like, point.generator) for name, like in _widened(t | _outputs(v)).items()}
+        expected = self.run("hvp", widened(point.inputs), cotangents=widened(v), tangents=widened(t))
+        along = {name: normal(like, point.generator) for name, like in widened(t | _outputs(v)).items()}
         pairs = [(derived(outcome), values) for outcome, values in (found, expected)]
         value, sure = (paired(refs, values, along) for refs, values in pairs)
         size = paired(*pairs[1], along, absolute=True)
@@ -107,7 +107,7 @@ class OrderTrial(Trial):
         here = paired(outcome.gradients, values, point.t)
         self.honest = self.honest and self._is_honest(point, outcome, values, here)
         for moving in _directions(point):
-            s = {name: normal(like, point.generator) for name, like in moving.items()}
+            s = {name: point.drawn(name, like) for name, like in moving.items()}
             expected = paired(derived(outcome), values, s)
             seen: list[float] = []
             difference = _watched(lambda step, s=s: self.pulled(point, s, step), seen)  # type: ignore[misc]
@@ -158,7 +158,8 @@ def _outputs(v: Tensors) -> Tensors:
     return {f"output:{name}": tensor for name, tensor in v.items()}
 
 
-def _widened(named: Tensors) -> Tensors:
+def widened(named: Tensors) -> Tensors:
+    """Tensors in double precision."""
     return {
         name: tensor.double()
         if tensor.is_floating_point()

@@ -7,6 +7,7 @@ the parameters and the cotangent separately, so that no part hides behind anothe
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from pullback_server.engine.call import Again, Call, WritesInputs
 from pullback_server.engine.guards import Ambience, plain_kernels
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.order_trial import OrderTrial
-from pullback_server.engine.samples import choices, sample, shapes
+from pullback_server.engine.samples import choices, sample, shapes, singles
 from pullback_server.engine.trial import Compute, Extents, Failed, Variant, double_precision, job_by_everything
 from pullback_server.engine.tripwire import (
     HOOK,
@@ -76,6 +77,10 @@ def probe(hosted: HostedModel, compute: Compute) -> Ground:
             ground.variants, ground.why = [], f"no sample input made it run ({failure})"
             hosted.orders = OrdersRecord(1, False, f"not probed: no sample input made the model run ({failure})")
             return ground
+    for records in singles(hosted):
+        # Some are of use together only.
+        with contextlib.suppress(Failed):
+            ground.variants.insert(1, (records, _explore(ground, records, foreign)))
     if ground.wrong:
         hosted.orders = OrdersRecord(1, not foreign, f"probed at load: {ground.wrong}")
         ground.foreign = sorted(foreign.values())

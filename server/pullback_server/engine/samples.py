@@ -15,6 +15,10 @@ from pullback_server.job import SpecRecord
 _EXTENTS: tuple[Sequence[int], ...] = ((2, 3, 5, 7), (4,), (8,), (16,), (32,), (64,), (1,))
 #: More elements than this make probing slow, and say no more.
 _MOST = 1 << 24
+#: So many optional inputs are tried one by one.
+_SINGLES = 3
+#: Of a scalar integer with so many values each is tried.
+FEW = 8
 
 
 def choices(hosted: HostedModel) -> list[list[SpecRecord]]:
@@ -30,6 +34,15 @@ def choices(hosted: HostedModel) -> list[list[SpecRecord]]:
     if not declared:
         return []
     return [declared] if declared == required or not required else [required, declared]
+
+
+def singles(hosted: HostedModel) -> list[list[SpecRecord]]:
+    """As `choices`, with the optional inputs one by one, where those are few and there are choices."""
+    declared = choices(hosted)[-1]
+    optional = [record for record in declared if record.optional]
+    if not 1 < len(optional) <= _SINGLES:
+        return []
+    return [[record for record in declared if not record.optional or record is one] for one in optional]
 
 
 def shapes(records: Sequence[SpecRecord]) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -69,6 +82,57 @@ def sample(
             high = low = low or 0
         found[record.name] = _random(shapes_of[record.name], dtype, low, high, generator)
     return found
+
+
+def sampled(
+    records: Sequence[SpecRecord],
+    shapes_of: Mapping[str, tuple[int, ...]],
+    number: int,
+    *,
+    wide: bool = False,
+    cautious: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The inputs of a point, by its number: two that follow each other are mirrored about the middle of the domain.
+
+    So a scalar is met on both sides of it. Flags, and scalar integers of a small range, take every value in turn.
+    """
+    found = sample(records, shapes_of, torch.Generator().manual_seed(number // 2 + 1), wide=wide, cautious=cautious)
+    others = sample(records, shapes_of, torch.Generator().manual_seed(number + 1), wide=wide, cautious=cautious)
+    place = 0
+    for record in records:
+        tensor = found[record.name]
+        count = values(record, shapes_of[record.name])
+        if count:
+            turn = number + number // count + place * (number // 2)
+            found[record.name] = torch.full_like(tensor, math.ceil(record.minimum or 0) + turn % count)
+            place += 1
+        elif not (tensor.is_floating_point() or tensor.is_complex()):
+            found[record.name] = others[record.name]
+        elif number % 2:
+            found[record.name] = mirrored(record, tensor)
+    return found
+
+
+def mirrored(record: SpecRecord, tensor: torch.Tensor) -> torch.Tensor:
+    """About the middle of what samples are drawn from."""
+    low, high = record.minimum, record.maximum
+    if low is None and high is None:
+        return -tensor
+    low, high = high - 2.0 if low is None and high is not None else float(low or 0.0), high
+    double = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return (low + (low + 2.0 if high is None else high) - double).to(tensor.dtype)
+
+
+def values(record: SpecRecord, shape: Sequence[int]) -> int:
+    """How many values a scalar integer or flag has, where those are few; else 0."""
+    dtype = TORCH.get(record.dtype, torch.float32)
+    if math.prod(shape) != 1 or dtype.is_floating_point or dtype.is_complex:
+        return 0
+    if dtype == torch.bool:
+        return 2
+    low, high = record.minimum, record.maximum
+    count = 0 if high is None else math.floor(high) - math.ceil(low or 0) + 1
+    return count if 1 < count <= FEW else 0
 
 
 def spread(record: SpecRecord) -> float | None:

@@ -30,6 +30,9 @@ _NOTE = (
     "What is served is the derivative of the TorchScript as it was saved: custom backwards (autograd.Function) and "
     "hooks of the original are not in it, nor, if it was traced, no_grad blocks."
 )
+_ALWAYS_TRAINS = "Its {} run in train mode whatever a call asks for: it was traced in that mode, or written so."
+#: Arguments of operations by which they know that they run in train mode, which a trace makes constants.
+_TRAIN = ("train", "training", "use_input_stats")
 
 
 class Scripted(nn.Module):
@@ -100,15 +103,17 @@ def load_scripted(name: str, path: Path, owner: str, device: torch.device) -> Re
     where = f"{owner}: {path.name}"
     _check(module, where)
     shared = _shared(module)
+    eval_only, train_only = _fixed(module, False), _fixed(module, True)
     return Registration(
         name,
         _Factory(path, owner, device),
         kind="factory",
         source="torchscript",
         abilities=Abilities(
+            train=f"it was traced in eval mode, in which its {listed(eval_only)} stay" if eval_only else "",
             parameters=shared,
             forward_mode=_FORWARD_MODE,
-            notes=(_NOTE,),
+            notes=(_NOTE, *([_ALWAYS_TRAINS.format(listed(train_only))] if train_only else [])),
         ),
     )
 
@@ -163,6 +168,27 @@ def _kinds(module: Any) -> set[str]:
     # A node is one only as long as its graph is held.
     graph = module.inlined_graph
     return {node.kind() for node in _nodes(graph)}
+
+
+def _fixed(module: Any, train: bool) -> list[str]:
+    """The operations that are in one mode, whatever the module's, and would be others in the other mode."""
+    graph = module.inlined_graph
+    found = set()
+    for node in _nodes(graph):
+        if not node.kind().startswith("aten::") or node.schema() == "(no schema)":
+            continue
+        arguments = torch._C.parse_schema(node.schema()).arguments
+        given: dict[str, Any] = {
+            argument.name: value.toIValue() if value.node().kind() == "prim::Constant" else value
+            for argument, value in zip(arguments, node.inputs(), strict=False)
+        }
+        flag = next((given[name] for name in _TRAIN if name in given), None)
+        # Dropout with a chance of 0 is nothing, and normalisation that keeps no statistics has one mode.
+        chance = given.get("p", given.get("dropout"))
+        same = (isinstance(chance, float) and chance == 0) or ("running_mean" in given and not given["running_mean"])
+        if flag is train and not same:
+            found.add(node.kind().removeprefix("aten::"))
+    return sorted(found)
 
 
 def _changed(module: Any) -> list[str]:

@@ -161,9 +161,9 @@ def _check_linear(
     if not abs(pulled - pushed) <= _TOLERANCE.get(width, 0.1) * (size + abs(pulled)):
         raise Fault(
             Reason.ORDER_UNAVAILABLE,
-            f"{call.hosted.owner} has no JVP: its code has a backward of its own and no jvp, and that backward is not "
-            f"linear in the gradient it is given, or cannot be differentiated by it (<J^H v, t> is {pulled:.6g}, "
-            f"<v, J t> {pushed:.6g})",
+            f"{call.hosted.owner} has no JVP: it has a backward (of its own and without jvp, or one that torch has "
+            "wrong) that is not linear in the gradient it is given, or cannot be differentiated by it (<J^H v, t> is "
+            f"{pulled:.6g}, <v, J t> {pushed:.6g})",
         )
 
 

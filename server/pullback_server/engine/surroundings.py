@@ -32,7 +32,7 @@ Switch = tuple[str, Callable[[], Any], Callable[[Any], Any]]
 
 
 def _attribute(holder: Any, name: str, title: str = "") -> Switch:
-    return title, lambda: getattr(holder, name), lambda value: setattr(holder, name, value)
+    return title, lambda: getattr(holder, name, None), lambda value: setattr(holder, name, value)
 
 
 def _set_path(before: list[str]) -> None:
@@ -41,7 +41,8 @@ def _set_path(before: list[str]) -> None:
 
 
 def _set_environment(before: dict[str, str]) -> None:
-    os.environ.clear()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
     os.environ.update(before)
 
 
@@ -53,7 +54,7 @@ def _set_signals(before: dict[int, Any]) -> None:
 
 
 def _modes() -> tuple[int, object]:
-    default: Any = torch._GLOBAL_DEVICE_CONTEXT  # type: ignore[attr-defined]
+    default: Any = torch._GLOBAL_DEVICE_CONTEXT
     context = getattr(default, "device_context", None)
     return int(torch._C._len_torch_function_stack()), None if context is None else context.device
 
@@ -73,10 +74,12 @@ def _set_deterministic(before: tuple[bool, bool]) -> None:
 
 
 def _set_filters(before: list[Any]) -> None:
-    warnings.filters[:] = before  # type: ignore[index]
+    filters: Any = warnings.filters
+    filters[:] = before
 
 
 _cuda: Any = torch.backends.cuda
+_cudnn: Any = torch.backends.cudnn
 _set_mkldnn: Any = torch.backends.mkldnn.set_flags
 #: Titles are of those for which a model is refused: its numbers would be others.
 _SWITCHES: tuple[Switch, ...] = (
@@ -88,6 +91,10 @@ _SWITCHES: tuple[Switch, ...] = (
     ("", lambda: torch.is_autocast_enabled("cuda"), lambda on: torch.set_autocast_enabled("cuda", on)),
     ("", torch.get_num_threads, torch.set_num_threads),
     ("", _get_deterministic, _set_deterministic),
+    _attribute(torch.backends, "fp32_precision"),
+    _attribute(_cuda.matmul, "fp32_precision"),
+    _attribute(_cudnn.conv, "fp32_precision"),
+    _attribute(_cudnn.rnn, "fp32_precision"),
     ("", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
     _attribute(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
@@ -112,7 +119,16 @@ _SWITCHES: tuple[Switch, ...] = (
 
 def _spaces() -> list[Any]:
     """Where torch keeps what every model uses."""
-    found = [torch, nn, nn.functional, nn.init, torch.autograd, torch.autograd.function, torch.linalg, torch.special]
+    found: list[Any] = [
+        torch,
+        nn,
+        nn.functional,
+        nn.init,
+        torch.autograd,
+        torch.autograd.function,
+        torch.linalg,
+        torch.special,
+    ]
     found += [torch.fft, torch._C, torch._C._nn, torch.Tensor, torch._C.TensorBase, torch.autograd.Function]
     found += [builtins, math, np, *(kind for kind in vars(nn).values() if isinstance(kind, type))]
     return found
@@ -127,11 +143,19 @@ def _global_hooks() -> list[dict[Any, Any]]:
 _NOTES = {"__annotations__", "__doc__", "__slotnames__", "__parameters__", "__warningregistry__", "__abstractmethods__"}
 
 
+def _read(get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    # Some settings of torch cannot be read after the same was said by another one of them.
+    except RuntimeError:
+        return _read
+
+
 class Surroundings:
     """The state of the process at one time."""
 
     def __init__(self) -> None:
-        self._settings = [get() for _, get, _ in _SWITCHES]
+        self._settings = [_read(get) for _, get, _ in _SWITCHES]
         self._spaces = [(space, dict(vars(space))) for space in _spaces()]
         self._hooks = [(hooks, dict(hooks)) for hooks in _global_hooks()]
 
@@ -139,7 +163,7 @@ class Surroundings:
         """Puts the settings back; tells which of those were others that decide about numbers."""
         found = []
         for (title, get, set_), before in zip(_SWITCHES, self._settings, strict=True):
-            if get() != before:
+            if _read(get) != before:
                 set_(before)
                 found += [title] if title else []
         return found
@@ -201,11 +225,11 @@ def kept(owner: str) -> Iterator[Surroundings]:
         settings, patched = before.restore(), before.unpatch(all=False)
     if patched:
         raise LoadError(
-            f"{owner}: its code replaces {listed(patched)}, for every other model in the process as well; call functions "
-            "and classes of its own instead"
+            f"{owner}: its code replaces {listed(patched)}, for every other model in the process as well; call "
+            "functions and classes of its own instead"
         )
     if settings:
         raise LoadError(
-            f"{owner}: its code calls {listed(settings)}, for every other model in the process as well; give tensors and "
-            "modules their dtype and device where they are made (dtype=..., .double())"
+            f"{owner}: its code calls {listed(settings)}, for every other model in the process as well; give tensors "
+            "and modules their dtype and device where they are made (dtype=..., .double())"
         )

@@ -19,6 +19,7 @@ from pullback_server.engine.provenance import adopt, hooks_of, owner_of
 from pullback_server.engine.tape_state import Lineage
 from pullback_server.engine.tripwire import (
     HOOK,
+    declared_wrong,
     is_compiled,
     is_error,
     is_foreign,
@@ -69,6 +70,9 @@ class Watch:
     ) -> None:
         self._models = lineage.models
         self._tripped: list[str] = []
+        for hosted in self._models:
+            if why := declared_wrong(hosted):
+                raise self._fault(f"{hosted.owner} is declared to have another second derivative than that: {why}")
         run, self._before = executed(outputs, inputs)
         # No backward runs what made the grad_outputs, but the gradients' graph leads there.
         self._before.update(nodes(given, self._before))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from pullback_server.engine.call import Again, Call, WritesInputs
 from pullback_server.engine.guards import Ambience, plain_kernels
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.results import EngineResult
-from pullback_server.engine.samples import sample
+from pullback_server.engine.samples import sampled
+from pullback_server.engine.tripwire import nodes, padding_of
 from pullback_server.engine.widths import Widths
 from pullback_server.faults import Fault
 from pullback_server.job import GradRef, Job, Outcome, SpecRecord, TensorRef, Wrt
@@ -89,7 +91,8 @@ class TooLong(Failed):
 class Point:
     """Inputs, cotangents of the outputs that can be differentiated, and tangents of everything ("input:x", "param:w").
 
-    width: bytes of the narrowest real number that the outputs were computed with.
+    width: bytes of the narrowest real number that the outputs were computed with. still: rows of embeddings whose
+    gradient torch defines to be zero, by the name of their tangent: they do not move.
     """
 
     inputs: Tensors
@@ -97,6 +100,14 @@ class Point:
     t: Tensors
     generator: torch.Generator
     width: int
+    still: dict[str, int] = field(default_factory=dict)
+
+    def drawn(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A random direction to move something in."""
+        found = normal(like, self.generator)
+        if name in self.still:
+            found[self.still[name]] = 0
+        return found
 
 
 class Trial:
@@ -107,6 +118,10 @@ class Trial:
         self.deadline = deadline
         self.wide = wide
         self._compute = compute
+        #: Parameters that its code keeps elsewhere too, where nothing can stand in for them: they are moved in place.
+        self.in_place: set[str] = set()
+        #: Kinds of nodes that its graphs were seen to hold.
+        self.kinds: set[str] = set()
         self.parameters = {
             name: parameter.detach() for name, parameter in hosted.parameters.items() if differentiable(parameter.dtype)
         }
@@ -135,56 +150,86 @@ class Trial:
 
     def point(self, records: list[SpecRecord], extents: Extents, number: int) -> Point:
         """A random point. Raises Failed."""
-        generator = torch.Generator().manual_seed(number + 1)
         device = self.hosted.device
-        made = sample(records, extents, generator, wide=self.wide, cautious=device.type == "cuda")
-        inputs = {name: tensor.to(device) for name, tensor in made.items()}
-        outputs, width = self._connected(inputs)
-        v = {name: normal(tensor, generator) * _evened(tensor) for name, tensor in outputs.items()}
-        t = {
-            f"input:{name}": normal(tensor, generator)
-            for name, tensor in inputs.items()
-            if differentiable(tensor.dtype)
-        } | {f"param:{name}": normal(parameter, generator) for name, parameter in self.parameters.items()}
-        return Point(inputs, v, t, generator, width)
+        made = sampled(records, extents, number, wide=self.wide, cautious=device.type == "cuda")
+        return self.at({name: tensor.to(device) for name, tensor in made.items()}, number)
 
-    def _connected(self, inputs: Tensors) -> tuple[Tensors, int]:
-        """The outputs that can be differentiated, and the width that they were computed with."""
+    def at(self, inputs: Tensors, seed: int) -> Point:
+        """A point with these inputs. Raises Failed."""
+        generator = torch.Generator().manual_seed(seed + 1)
+        outputs, width, still = self._connected(inputs)
+        v = {name: normal(tensor, generator) * _evened(tensor) for name, tensor in outputs.items()}
+        point = Point(inputs, v, {}, generator, width, still)
+        moving = {f"input:{name}": tensor for name, tensor in inputs.items() if differentiable(tensor.dtype)}
+        moving |= {f"param:{name}": parameter for name, parameter in self.parameters.items()}
+        point.t |= {name: point.drawn(name, like) for name, like in moving.items()}
+        return point
+
+    def _connected(self, inputs: Tensors) -> tuple[Tensors, int, dict[str, int]]:
+        """The outputs that can be differentiated, the width that they were computed with, and rows that stay."""
         job, tensors = job_by_everything("evaluate", self.hosted, inputs)
         for _ in range(4):
             self.hosted.watch_parameters(False)
             try:
                 with Ambience(), plain_kernels(), Widths() as widths, Call(job, self.hosted, tensors) as call:
-                    found = call.forward().outputs
+                    fw = call.forward()
+                    graph = list(nodes(fw.outputs.values()))
+                    self.kinds.update(type(node).__name__ for node in graph)
+                    found, still = fw.outputs, _still(job, fw.wrt, graph)
             except Again:
                 continue
             except (Fault, WritesInputs, RuntimeError) as error:
                 raise Failed(str(error)) from error
             finally:
                 self.hosted.restore_state()
-            return {name: tensor.detach() for name, tensor in found.items() if tensor.requires_grad}, widths.least
+            connected = {name: tensor.detach() for name, tensor in found.items() if tensor.requires_grad}
+            return connected, widths.least, still
         raise Failed("the model keeps changing its state")
+
+    @contextlib.contextmanager
+    def _moved(self, along: Tensors, step: float) -> Iterator[Tensors]:
+        """What stands in for its parameters a step farther; those that are moved in place are so meanwhile."""
+        moving = {name: p for name, p in self.parameters.items() if f"param:{name}" in along}
+        before = {name: p.clone() for name, p in moving.items() if name in self.in_place}
+        try:
+            for name in before:
+                # As nobody sees: what a model writes itself is told by the version.
+                moving[name].data.add_(along[f"param:{name}"], alpha=step)
+            yield moved({name: p for name, p in moving.items() if name not in before}, "param", along, step)
+        finally:
+            for name, own in before.items():
+                moving[name].data.copy_(own)
 
     def valued(self, point: Point, along: Tensors, step: float) -> float:
         """Re<v, y> at a point moved along some of its tangents. Raises Failed."""
-        parameters = {name: p for name, p in self.parameters.items() if f"param:{name}" in along}
-        outcome, values = self.run(
-            "evaluate",
-            moved(point.inputs, "input", along, step),
-            parameters=moved(parameters, "param", along, step),
-        )
+        with self._moved(along, step) as parameters:
+            outcome, values = self.run("evaluate", moved(point.inputs, "input", along, step), parameters=parameters)
         return paired([GradRef(ref.name, ref) for ref in outcome.outputs], values, point.v)
 
     def pulled(self, point: Point, along: Tensors, step: float) -> float:
         """Re<J^H v, t> at a point moved along some directions, also of v ("output:y"). Raises Failed."""
-        parameters = {name: p for name, p in self.parameters.items() if f"param:{name}" in along}
-        outcome, values = self.run(
-            "vjp",
-            moved(point.inputs, "input", along, step),
-            parameters=moved(parameters, "param", along, step),
-            cotangents=moved(point.v, "output", along, step),
-        )
+        with self._moved(along, step) as parameters:
+            outcome, values = self.run(
+                "vjp",
+                moved(point.inputs, "input", along, step),
+                parameters=parameters,
+                cotangents=moved(point.v, "output", along, step),
+            )
         return paired(outcome.gradients, values, point.t)
+
+
+def _still(job: Job, wrt: Sequence[torch.Tensor], graph: Iterable[Any]) -> dict[str, int]:
+    """The padding rows of embeddings, by the label of what holds them."""
+    labels = {id(tensor): one.label for one, tensor in zip(job.wrt, wrt, strict=True)}
+    found = {}
+    for node in graph:
+        row = padding_of(node)
+        if row is not None:
+            ((following, _), *_rest) = node.next_functions
+            label = labels.get(id(getattr(following, "variable", None)))
+            if label is not None:
+                found[label] = row
+    return found
 
 
 @contextlib.contextmanager

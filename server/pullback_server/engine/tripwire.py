@@ -75,7 +75,17 @@ _WRONG = {
 
 def wrong_twice(node: Any) -> str:
     """Why the second derivative of a node of torch's own is wrong, and what to do; empty: it is not known to be."""
-    return _WRONG.get(type(node).__name__, "")
+    name = type(node).__name__
+    if name.startswith("Embedding") and getattr(node, "_saved_scale_grad_by_freq", False):
+        return "torch's embedding with scale_grad_by_freq has a wrong second derivative in torch itself; leave that out"
+    return _WRONG.get(name, "")
+
+
+def declared_wrong(hosted: HostedModel) -> str:
+    """What the gate found of a model's second derivatives, and its operator declared of these; empty: nothing."""
+    if hosted.probing or hosted.orders.reverse != 1:
+        return ""
+    return next((one.detail for one in hosted.checks if one.name == "second" and one.outcome == "declared"), "")
 
 
 #: Nodes whose forward mode is not the adjoint of their backward where two values are equal.
@@ -190,10 +200,15 @@ class Tripwire:
         self._composed = composed
         self._tripped: list[str] = []
         self.foreign: list[Any] = []
+        if proof and (why := declared_wrong(hosted)):
+            raise self._fault(f"it is declared to be another one than that of its gradient: {why}")
+        self._skewed = False
         on_nodes = False
         for node in nodes(outputs):
             on_nodes = on_nodes or has_hooks(node)
-            if proof and (why := wrong_twice(node)):
+            why = wrong_twice(node)
+            self._skewed |= bool(why)
+            if proof and why:
                 raise self._fault(why)
             if is_foreign(node):
                 self._admit(node)
@@ -204,8 +219,8 @@ class Tripwire:
 
     @property
     def clean(self) -> bool:
-        """Whether the backward runs nothing but torch's own code."""
-        return not self.foreign and not self.hooks
+        """Whether the backward runs nothing but torch's own code, of which nothing is known to be wrong."""
+        return not self.foreign and not self.hooks and not self._skewed
 
     def _admit(self, node: Any) -> None:
         if is_compiled(node):

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Sequence
 from typing import Literal
 
 from pullback_server.faults import Fault, nearest
 from pullback_server.fleet.seam import LoadFailure, StartError
 from pullback_server.hosting.manifest import RepositoryError
 from pullback_server.hosting.repository import NoSuchModel, Repository
-from pullback_server.hosting.repository_watch import Change, Watch
+from pullback_server.registry.follower import Follower
+from pullback_server.registry.incoming import Incoming
 from pullback_server.registry.registry import Registry, conflict
 from pullback_server.registry.table import Table, VersionState
-from pullback_server.registry.uploads import Incoming, UploadStore
-from pullback_server.registry.versions import NotYet
+from pullback_server.registry.uploads import UploadStore
 from pullback_wire import Reason
-
-logger = logging.getLogger(__name__)
 
 #: As Triton knows them: loaded at the start; changes are followed; only what is asked for.
 Mode = Literal["none", "poll", "explicit"]
-#: Looks at a repository at the start, for what is being changed just then.
-_PATIENCE = 20
-
-
-@dataclass
-class _Look:
-    """What came of a look at the repository. done: things that it asked for. unsettled: those to be tried again."""
-
-    done: int = 0
-    failures: list[str] = field(default_factory=list)
-    unsettled: list[str] = field(default_factory=list)
 
 
 class Curator:
@@ -56,137 +41,61 @@ class Curator:
         self._repository = repository
         self._uploads = uploads
         self._mode = mode
-        self._seconds = seconds
-        self._settle = settle
-        self._watch = Watch(settle)
+        self._follower = None if repository is None else Follower(registry, repository, seconds, settle)
         self._following: asyncio.Task[None] | None = None
-        #: What is wrong with versions in the repository, as far as it was told.
-        self._told: dict[tuple[str, str], str] = {}
         self.table: Table = registry.table
 
     async def begin(self, wanted: Sequence[str], *, strict: bool) -> None:
         """Loads what is to be served from the start on. Returns when that has been tried.
 
         wanted: in mode "explicit": MODEL, or MODEL:VERSION.
-        strict: whether any of it may fail.
+        strict: whether any of it may fail. Uploads always may: they were accepted once, and what they need may be gone.
 
         Raises StartError: the repository cannot be read; or, if strict, with everything that could not be loaded.
         """
         self._registry.begin()
         problems: list[str] = []
-        if self._repository is not None:
+        if self._repository is not None and self._follower is not None:
             try:
                 await asyncio.to_thread(self._repository.check)
-                problems += await self._first(self._repository, wanted)
+                if self._mode == "explicit":
+                    problems += await self._asked_for(wanted)
+                else:
+                    problems += await self._follower.first(patient=self._mode == "none")
             except RepositoryError as error:
                 raise StartError(str(error)) from error
-        for name, number in [] if self._uploads is None else self._uploads.all():
-            try:
-                async with self._registry.alone_with(name, wait=True):
-                    await self._registry.load(name, number, uploaded=True)
-            except LoadFailure as failure:
-                problems.append(str(failure))
         if problems and strict:
             raise StartError("\n".join(problems))
-        if self._mode == "poll" and self._repository is not None:
-            self._following = asyncio.create_task(self._follow(self._repository), name="follow the repository")
+        for name, number in [] if self._uploads is None else await asyncio.to_thread(self._uploads.all):
+            # The reason is logged, and kept with the version.
+            with contextlib.suppress(LoadFailure, Fault):
+                async with self._registry.alone_with(name, wait=True):
+                    await self._registry.load(name, number, uploaded=True)
+        if self._mode == "poll" and self._follower is not None:
+            self._following = asyncio.create_task(self._follower.follow(), name="follow the repository")
+
+    async def _asked_for(self, wanted: Sequence[str]) -> list[str]:
+        refused = []
+        for one in wanted:
+            name, _, number = one.partition(":")
+            try:
+                await self.load(name, number)
+            except Fault as fault:
+                refused.append(fault.message)
+        return refused
+
+    def stop(self) -> None:
+        """Begins nothing any more, and interrupts what may take long. `close` is still to be called."""
+        if self._following is not None:
+            self._following.cancel()
+        self._registry.stop()
 
     async def close(self) -> None:
         """Follows nothing any more, and loads nothing."""
+        self.stop()
         if self._following is not None:
-            self._following.cancel()
             await asyncio.wait([self._following])
         await self._registry.close()
-
-    async def _first(self, repository: Repository, wanted: Sequence[str]) -> list[str]:
-        """Loads what is there at the start, and tells what could not be."""
-        if self._mode == "explicit":
-            refused = []
-            for one in wanted:
-                name, _, number = one.partition(":")
-                try:
-                    await self.load(name, number)
-                except Fault as fault:
-                    refused.append(fault.message)
-            return refused
-        problems: list[str] = []
-        look = _Look()
-        for _ in range(_PATIENCE):
-            look = await self._see(repository, at_once=True)
-            problems += look.failures
-            if look.unsettled:
-                if self._mode == "poll":
-                    return problems
-                await asyncio.sleep(max(self._settle, 0.5))
-            # A version that gives way is told of when what replaces it is there; an older one may stand in for one that
-            # failed.
-            elif not look.done:
-                return problems
-        return problems + look.unsettled
-
-    # Following the repository.
-
-    async def _follow(self, repository: Repository) -> None:
-        while True:
-            await asyncio.sleep(min(self._seconds, self._settle) if self._watch.unsettled else self._seconds)
-            try:
-                while True:
-                    look = await self._see(repository)
-                    # What is being changed is looked at again in the next turn.
-                    if look.unsettled or not look.done:
-                        break
-            except RepositoryError as error:
-                # It says nothing about the models; what is served goes on being served.
-                logger.error("%s", error)
-            except Exception:
-                logger.exception("the repository cannot be followed for now")
-
-    async def _see(self, repository: Repository, *, at_once: bool = False) -> _Look:
-        """One look at the repository, and what it asks for. Raises RepositoryError."""
-        scan = await asyncio.to_thread(repository.scan)
-        look = _Look()
-        for change in self._watch.see(scan, time.monotonic(), at_once):
-            look.done += 1
-            await self._do(change, look)
-        look.failures += self._tell(scan.problems())
-        return look
-
-    async def _do(self, change: Change, look: _Look) -> None:
-        """Does what the repository asks for, and notes why it could not be done."""
-        async with self._registry.alone_with(change.name, wait=True):
-            if change.kind == "remove":
-                self._registry.unload(change.name, change.version, "the repository has it no more, or others instead")
-                return
-            try:
-                await self._registry.load(change.name, change.version, only_if_new=True)
-            except NotYet as failure:
-                self._watch.retry(change)
-                look.unsettled.append(str(failure))
-            except LoadFailure as failure:
-                self._watch.failed(change)
-                look.failures.append(str(failure))
-
-    def _tell(self, problems: Mapping[tuple[str, str], RepositoryError]) -> list[str]:
-        """Notes what is wrong in the repository, and what is not any more. Returns what is news."""
-        of_models: dict[str, list[str]] = {}
-        told = {}
-        for (name, number), problem in problems.items():
-            if number.isdecimal() and number == str(int(number)):
-                told[name, number] = str(problem)
-                self.table.note(name, number, VersionState.FAILED, str(problem))
-            else:
-                of_models.setdefault(name, []).append(str(problem))
-        for name, number in self._told.keys() - told.keys():
-            self.table.forgive(name, number, self._told[name, number])
-        news = [text for key, text in told.items() if self._told.get(key) != text]
-        self._told = told
-        whole = {name: "\n".join(texts) for name, texts in of_models.items()}
-        news += [text for name, text in whole.items() if self.table.faults.get(name) != text]
-        if whole != self.table.faults:
-            self.table.faults = whole
-        for text in news:
-            logger.error("%s", text)
-        return news
 
     # What administrators ask for.
 
@@ -255,9 +164,13 @@ class Curator:
                 "version",
             )
         chosen = [one for one in known.values() if not number or one.number == number]
-        if any(one.origin == "repository" for one in chosen):
+        if kept is not None and self._mode != "explicit":
+            # What has the number of an upload that could not be loaded for that stays.
+            chosen = [one for one in chosen if one.origin == "upload"]
+        elif any(one.origin == "repository" for one in chosen):
             self._check_mode("UnloadModel")
-        self._check_removable(name, number)
+        if kept is None:
+            self._check_removable(name, number)
         async with self._registry.alone_with(name):
             for one in chosen:
                 if one.origin != "start":

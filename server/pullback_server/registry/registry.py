@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from pullback_server.faults import Fault
-from pullback_server.fleet.seam import Fleet, LoadFailure
+from pullback_server.fleet.seam import Fleet, LoadFailure, Transient
 from pullback_server.hosting.items import Item
+from pullback_server.registry.incoming import Incoming
 from pullback_server.registry.table import Origin, Table, Version, VersionState
-from pullback_server.registry.uploads import Incoming, UploadStore
+from pullback_server.registry.threads import to_end, to_end_or_undone
+from pullback_server.registry.uploads import UploadStore
 from pullback_server.registry.versions import Versions
 from pullback_server.scheduling import Scheduler
 from pullback_wire import Reason
@@ -57,6 +61,8 @@ class Registry:
         self._counted = counted
         self.table = Table(lambda: fleet.signatures)
         self._busy: dict[str, asyncio.Lock] = {}
+        #: How many have each of these locks, or wait for it.
+        self._users: Counter[str] = Counter()
         #: Copies of what is held, by model and id.
         self._folders: dict[tuple[str, str], Path] = {}
         self._copies = 0
@@ -67,6 +73,10 @@ class Registry:
         for name, ids in self._fleet.signatures.items():
             for signature in ids.values():
                 self.table.publish(name, Version(signature.version, VersionState.READY, origin="start"))
+
+    def stop(self) -> None:
+        """Interrupts what may take long."""
+        self._sources.stop()
 
     async def close(self) -> None:
         """Waits no more for what is on its way out."""
@@ -82,12 +92,19 @@ class Registry:
         """
         if self.busy(name) and not wait:
             raise conflict(name)
-        async with self._busy.setdefault(name, asyncio.Lock()):
-            yield
+        lock = self._busy.setdefault(name, asyncio.Lock())
+        self._users[name] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._busy[name]
 
     def busy(self, name: str) -> bool:
         """Whether somebody changes a model's versions just now."""
-        return (lock := self._busy.get(name)) is not None and lock.locked()
+        return name in self._busy
 
     # Loading. To be called by whoever is alone with the model.
 
@@ -108,14 +125,14 @@ class Registry:
                 else:
                     item = await self._sources.stage(name, number, revision, folder)
                 before = self.table.find(name, number)
-                if only_if_new and before is not None and before.serves(item.digest):
+                if only_if_new and before is not None and self.table.serves(name, number, item.digest):
                     self.table.note(name, number, VersionState.READY, "")
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                     return before
                 rehearsed = await self._fleet.rehearse(item)
                 await self._fleet.install(item, rehearsed)
             except BaseException:
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                await to_end(shutil.rmtree, folder, ignore_errors=True)
                 raise
             return self._publish(item, folder, architecture)
 
@@ -135,12 +152,10 @@ class Registry:
                     name, number, revision, architecture, incoming.weights, incoming.sha256, folder
                 )
                 rehearsed = await self._fleet.rehearse(item)
-                kept = await asyncio.to_thread(store.keep, incoming, name, number, architecture)
+                kept = await to_end_or_undone(lambda: store.keep(incoming, name, number, architecture), store.remove)
                 await self._fleet.install(item, rehearsed)
             except BaseException:
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-                if kept is not None:
-                    await asyncio.to_thread(store.remove, kept)
+                await to_end(_undo, folder, store, kept)
                 raise
             return self._publish(item, folder, architecture)
 
@@ -149,11 +164,7 @@ class Registry:
         began = time.monotonic()
         before = self.table.find(name, number)
         if before is not None and before.origin != origin and before.state is VersionState.READY:
-            where = {"start": "what the server was started with", "upload": "an upload", "repository": "the repository"}
-            raise LoadFailure(
-                f"two models are called {name!r} version {number}: one comes from {where[before.origin]}, the other "
-                f"from {where[origin]}"
-            )
+            raise self._refused(name, before, origin)
         self.table.note(
             name, number, VersionState.LOADING, "newer contents are being loaded" if before else "loading", origin
         )
@@ -162,23 +173,45 @@ class Registry:
             yield
             good = True
         except LoadFailure as error:
-            self.table.note(name, number, VersionState.FAILED, str(error), origin)
+            self.table.note(name, number, VersionState.FAILED, self._shown(str(error)), origin)
             logger.error("model %r version %s cannot be loaded: %s", name, number, error)
             raise
         except BaseException as error:
             told = error.message if isinstance(error, Fault) else f"loading was interrupted: {type(error).__name__}"
-            self.table.note(name, number, VersionState.FAILED, told, origin)
+            self.table.note(name, number, VersionState.FAILED, self._shown(told), origin)
             raise
         finally:
             self._counted(name, good, time.monotonic() - began)
 
+    def _refused(self, name: str, before: Version, origin: Origin) -> LoadFailure:
+        """Why a number that is served already is not loaded from elsewhere; kept with the version, logged once."""
+        where = {"start": "what the server was started with", "upload": "an upload", "repository": "the repository"}
+        text = (
+            f"two models are called {name!r} version {before.number}: the one that is served comes from "
+            f"{where[before.origin]}, the other from {where[origin]}"
+        )
+        if before.reason != text:
+            logger.error("%s", text)
+        self.table.note(name, before.number, VersionState.READY, text)
+        # An upload may be deleted, which leaves no trace in the repository.
+        return Transient(text) if before.origin == "upload" else LoadFailure(text)
+
+    def _shown(self, text: str) -> str:
+        """A message as any caller may read it, without the server's own paths."""
+        return self._sources.shown(re.sub(rf"{re.escape(str(self._state))}/\d+/?", "", text))
+
     @asynccontextmanager
     async def _leaving_nothing(self, name: str, number: str) -> AsyncIterator[None]:
-        """Where this raises, the number is known no more: its caller was told why, and nobody else asked for it."""
+        """Where this raises, all is as before: its caller was told why, and nobody else asked for it."""
+        before = self.table.find(name, number)
+        reason = before.reason if before is not None else ""
         try:
             yield
         except BaseException:
-            self.table.forget(name, number)
+            if before is None:
+                self.table.forget(name, number)
+            else:
+                self.table.note(name, number, VersionState.FAILED, reason)
             raise
 
     def _fresh(self) -> Path:
@@ -230,3 +263,9 @@ class Registry:
         folder = self._folders.pop((name, id), None)
         if folder is not None:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _undo(folder: Path, store: UploadStore, kept: Path | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if kept is not None:
+        store.remove(kept)

@@ -67,6 +67,8 @@ class Table:
         self._sorted: dict[str, Sequence[Version]] = {}
         self._callable: dict[str, Sequence[str]] = {}
         self._held: Mapping[str, Mapping[str, Signature]] = {}
+        #: What workers held when `refresh` last looked.
+        self._looked: Mapping[str, Mapping[str, Signature]] = {}
 
     def names(self) -> list[str]:
         """Of all models of which anything is known, sorted."""
@@ -123,8 +125,8 @@ class Table:
 
     def refresh(self) -> None:
         """To be called now and then: tells of a change where workers hold something else by now."""
-        if self._signatures() is not self._held:
-            self._held = self._signatures()
+        if self._signatures() is not self._looked:
+            self._looked = self._signatures()
             self._changed()
 
     def next_revision(self, name: str, version: str) -> int:
@@ -149,6 +151,8 @@ class Table:
             if (found.reason, found.state) == (reason, kept):
                 return
             found.reason, found.state = reason, kept
+            if kept is not VersionState.READY:
+                found.origin = origin
         self._changed()
 
     def blame(self, faults: Mapping[str, str]) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from pullback_server.fleet.seam import LoadFailure
+from pullback_server.fleet.seam import LoadFailure, Transient
 from pullback_server.hosting.items import Item
 from pullback_server.hosting.manifest import RepositoryError
-from pullback_server.hosting.repository import NotSettled, Repository
-from pullback_server.registry.uploads import UploadStore, storing
+from pullback_server.hosting.repository import NoSuchModel, NotSettled, Repository, Unavailable
+from pullback_server.registry.incoming import storing
+from pullback_server.registry.threads import to_end
+from pullback_server.registry.uploads import UploadStore
 
 _CHUNK = 4 << 20
 
 
-class NotYet(LoadFailure):
+class NotYet(Transient):
     """A version that is being changed just now."""
 
 
@@ -34,6 +37,17 @@ class Versions:
         self._repository = repository
         self._uploads = uploads
         self._registered = registered
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Interrupts the copies under way; there are no more after it."""
+        self._stopped.set()
+        if self._repository is not None:
+            self._repository.stop()
+
+    def shown(self, text: str) -> str:
+        """A message as any caller may read it, without the server's own paths."""
+        return text if self._repository is None else self._repository.shown(text)
 
     async def stage_kept(self, name: str, number: str, revision: int, folder: Path) -> tuple[Item, str]:
         """The item of a version that was uploaded, and its architecture. Raises LoadFailure."""
@@ -58,14 +72,16 @@ class Versions:
     async def stage(self, name: str, number: str, revision: int, folder: Path) -> Item:
         """The item of a version in the repository, with its files in a folder that this makes.
 
-        Raises LoadFailure; NotYet where another try may succeed.
+        Raises LoadFailure; Transient where another try may succeed, NotYet while it is being changed.
         """
         if self._repository is None:
             raise LoadFailure(f"model {name!r} has no version {number}: there is no repository")
         try:
-            staged = await asyncio.to_thread(self._repository.stage, name, number, folder)
-        except NotSettled as error:
+            staged = await to_end(self._repository.stage, name, number, folder)
+        except (NotSettled, NoSuchModel) as error:
             raise NotYet(str(error)) from error
+        except Unavailable as error:
+            raise Transient(str(error)) from error
         except RepositoryError as error:
             raise LoadFailure(str(error)) from error
         return Item(name, number, revision, str(staged.directory), staged.manifest.model_dump_json(), staged.digest)
@@ -87,39 +103,45 @@ class Versions:
         Raises LoadFailure, Fault (STORAGE_FULL).
         """
         if self._registered(name, architecture):
-            copied = await asyncio.to_thread(_copied, weights, folder, sha256, f"model {name!r} version {number}")
+            copied = await to_end(self._copied, weights, folder, sha256, f"model {name!r} version {number}")
             return Item(name, number, revision, "", "", sha256.hex(), str(copied), (name, architecture))
         if self._repository is None:
             raise LoadFailure(
                 f"model {name!r} version {number}: its architecture, version {architecture}, is not there"
             )
         try:
-            copy = await asyncio.to_thread(self._repository.stage, name, architecture, folder)
+            copy = await to_end(self._repository.stage, name, architecture, folder)
+        except Unavailable as error:
+            raise Transient(f"model {name!r} version {number}: its architecture: {error}") from error
         except RepositoryError as error:
             raise LoadFailure(f"model {name!r} version {number}: its architecture: {error}") from error
-        copied = await asyncio.to_thread(_copied, weights, folder, sha256, f"model {name!r} version {number}")
+        copied = await to_end(self._copied, weights, folder, sha256, f"model {name!r} version {number}")
         digest = hashlib.sha256(f"{copy.digest} {sha256.hex()}".encode()).hexdigest()
         manifest = copy.manifest.model_dump_json()
         return Item(name, number, revision, str(copy.directory), manifest, digest, str(copied))
 
+    def _copied(self, weights: Path, folder: Path, sha256: bytes, owner: str) -> Path:
+        """Copies uploaded weights.
 
-def _copied(weights: Path, folder: Path, sha256: bytes, owner: str) -> Path:
-    """Copies uploaded weights. Raises LoadFailure where they are not what was uploaded, Fault (STORAGE_FULL)."""
-    # A name that no file of a version has.
-    to = folder / ".uploaded.safetensors"
-    digest = hashlib.sha256()
-    try:
-        with weights.open("rb") as source, storing(weights.stat().st_size):
-            folder.mkdir(parents=True, exist_ok=True)
-            with to.open("wb") as file:
-                while chunk := source.read(_CHUNK):
-                    digest.update(chunk)
-                    file.write(chunk)
-    except OSError as error:
-        raise LoadFailure(f"{owner}: its uploaded weights cannot be copied: {error}") from error
-    if digest.digest() != sha256:
-        raise LoadFailure(
-            f"{owner}: its uploaded weights were changed: their SHA-256 is {digest.hexdigest()}, uploaded was "
-            f"{sha256.hex()}"
-        )
-    return to
+        Raises LoadFailure where they are not what was uploaded, Transient, Fault (STORAGE_FULL).
+        """
+        # A name that no file of a version has.
+        to = folder / ".uploaded.safetensors"
+        digest = hashlib.sha256()
+        try:
+            with weights.open("rb") as source, storing(weights.stat().st_size):
+                folder.mkdir(parents=True, exist_ok=True)
+                with to.open("wb") as file:
+                    while chunk := source.read(_CHUNK):
+                        if self._stopped.is_set():
+                            raise InterruptedError("the server is stopping")
+                        digest.update(chunk)
+                        file.write(chunk)
+        except OSError as error:
+            raise Transient(f"{owner}: its uploaded weights cannot be copied: {error}") from error
+        if digest.digest() != sha256:
+            raise LoadFailure(
+                f"{owner}: its uploaded weights were changed: their SHA-256 is {digest.hexdigest()}, uploaded was "
+                f"{sha256.hex()}"
+            )
+        return to

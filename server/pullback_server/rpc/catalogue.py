@@ -19,6 +19,12 @@ _STATES = {
     VersionState.FAILED: pb.MODEL_STATE_FAILED,
     VersionState.UNLOADING: pb.MODEL_STATE_UNLOADING,
 }
+_SAID = {
+    VersionState.LOADING: "is being loaded",
+    VersionState.FAILED: "could not be loaded",
+    VersionState.UNLOADING: "was taken out of service",
+    VersionState.READY: "is ready",
+}
 _OUTCOMES = {
     "passed": pb.CHECK_OUTCOME_PASSED,
     "declared": pb.CHECK_OUTCOME_DECLARED,
@@ -77,7 +83,7 @@ class Catalogue:
             text = "it is empty" if not name else nearest(name, self.names())
             return Fault(Reason.MODEL_NOT_FOUND, f"no model is called {name!r}; {text}", named)
         found = known.get(number) if number else next(reversed(known.values()))
-        if found is not None and found.state is VersionState.LOADING:
+        if found is not None and self._shown(name, found)[0] is VersionState.LOADING:
             return Fault(
                 Reason.NOT_READY,
                 f"model {name!r} version {found.number} is being loaded",
@@ -85,11 +91,12 @@ class Catalogue:
                 _LOADING_AGAIN,
             )
         if not number and found is not None:
-            return Fault(Reason.MODEL_NOT_FOUND, f"no version of model {name!r} is in service: {_told(found)}", named)
+            told = self._told(name, found)
+            return Fault(Reason.MODEL_NOT_FOUND, f"no version of model {name!r} is in service: {told}", named)
         callable = self.table.callable(name)
         text = f"known: {', '.join(callable)}" if callable else "none is in service"
         if found is not None:
-            text = f"{_told(found)}; {text}"
+            text = f"{self._told(name, found)}; {text}"
         return Fault(Reason.VERSION_NOT_FOUND, f"model {name!r} has no version {number!r}; {text}", f"{field}version")
 
     def label(self, name: str) -> str:
@@ -170,19 +177,32 @@ class Catalogue:
     def _status(self, message: pb.Model, found: Version) -> None:
         """The states of a model's versions, and of this one."""
         name = message.name
-        message.state = _STATES[found.state]
-        message.state_reason = found.reason
+        state, message.state_reason = self._shown(name, found)
+        message.state = _STATES[state]
         message.revision = found.revision
         message.digest = found.digest
         message.versions.extend(self.table.callable(name))
         for one in self.table.versions(name):
+            state, reason = self._shown(name, one)
             message.version_statuses.add(
                 version=one.number,
-                state=_STATES[one.state],
-                reason=one.reason,
+                state=_STATES[state],
+                reason=reason,
                 revision=one.revision,
                 digest=one.digest,
             )
+
+    def _shown(self, name: str, version: Version) -> tuple[VersionState, str]:
+        """The state of a version, and the reason, as callers are told."""
+        if not self.table.lost(name, version):
+            return version.state, version.reason
+        if any(worker.changing(name, version.id) for worker in self._fleet.workers):
+            return VersionState.LOADING, "its workers have lost it, and load it again"
+        return VersionState.FAILED, "no worker holds it any more; the server's log says why"
+
+    def _told(self, name: str, version: Version) -> str:
+        state, reason = self._shown(name, version)
+        return f"version {version.number} {_SAID[state]}" + (f" ({reason})" if reason else "")
 
     def _placements(self, signature: Signature) -> list[pb.Placement]:
         found = []
@@ -199,16 +219,6 @@ class Catalogue:
         if refused:
             return pb.Batching(evidence=f"requests are not merged any more: {refused}")
         return pb.Batching(max_rows=batch.max_rows, max_delay_seconds=batch.max_delay, evidence=batch.evidence)
-
-
-def _told(found: Version) -> str:
-    said = {
-        VersionState.LOADING: "is being loaded",
-        VersionState.FAILED: "could not be loaded",
-        VersionState.UNLOADING: "was taken out of service",
-        VersionState.READY: "is ready",
-    }[found.state]
-    return f"version {found.number} {said}" + (f" ({found.reason})" if found.reason else "")
 
 
 def _check(check: CheckRecord) -> pb.Check:

@@ -99,16 +99,18 @@ class Front:
             (grpc.method_handlers_generic_handler(SESSION_SERVICE, {"Session": self.sessions.method_handler()}),)
         )
         self._models = ModelHandler(self._catalogue, curator, access)
-        uploading = UploadHandler(self._catalogue, curator, uploads, access, metrics).method_handler()
+        self._uploading = UploadHandler(self._catalogue, curator, uploads, access, metrics)
         self._services = [
             self._add(unary, GRADIENT_METHODS.values(), gradients),
             SESSION_SERVICE,
-            self._add(unary, MODEL_METHODS.values(), self._models, UploadWeights=uploading),
+            self._add(unary, MODEL_METHODS.values(), self._models, UploadWeights=self._uploading.method_handler()),
         ]
         self._table = curator.table
+        #: Models whose health says that they are served.
         self._announced: set[str] = set()
         self._announcing = asyncio.Lock()
-        self._telling: set[asyncio.Task[None]] = set()
+        #: About to announce what has changed, however much that is.
+        self._telling: asyncio.Task[None] | None = None
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
@@ -136,9 +138,13 @@ class Front:
 
     def _changed(self) -> None:
         self._catalogue.changed()
-        task = asyncio.create_task(self._announce_models())
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        if self._telling is None:
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        # What changes from here on is for the next one to tell.
+        self._telling = None
+        await self._announce_models()
 
     async def announce(self, serving: bool) -> None:
         """Sets the health of the server, of each service, and of each model."""
@@ -153,14 +159,14 @@ class Front:
         async with self._announcing:
             states = health_pb2.HealthCheckResponse
             names = set(self._catalogue.names()) if self._serving else set()
-            for name in sorted(names | self._announced):
+            for name in sorted(names ^ self._announced):
                 await self._health.set(name, states.SERVING if name in names else states.NOT_SERVING)
-            self._announced |= names
+            self._announced = names
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets those that run end within `grace` seconds, then ends them."""
         await self.announce(False)
-        await self._models.close()
+        await asyncio.gather(self._models.close(), self._uploading.close())
         self.sessions.drain(grace)
         await self._server.stop(grace)
         self._executor.shutdown(wait=False)

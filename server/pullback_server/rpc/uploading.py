@@ -13,9 +13,12 @@ from pullback_server.faults import Fault
 from pullback_server.fleet.seam import LoadFailure
 from pullback_server.hosting.manifest_paths import is_version
 from pullback_server.registry import Curator, UploadStore
+from pullback_server.registry.incoming import Incoming
+from pullback_server.registry.threads import to_end_or_undone
 from pullback_server.rpc import status
 from pullback_server.rpc.access import Access
 from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.interruptible import Interruptible
 from pullback_server.telemetry import Metrics
 from pullback_wire import Reason, decode
 from pullback_wire.v1 import model_service_pb2 as pb
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a caller may keep silent between two parts.
 _SILENCE = 60.0
+#: An upload must have come within so many seconds, and one for so many bytes.
+_SECONDS, _BYTES_PER_SECOND = 60.0, 64 << 10
 _NAME = "UploadWeights"
 
 
@@ -43,6 +48,11 @@ class UploadHandler:
         self._store = store
         self._access = access
         self._metrics = metrics
+        self._uploads = Interruptible()
+
+    async def close(self) -> None:
+        """Interrupts the uploads under way."""
+        await self._uploads.close()
 
     def method_handler(self) -> grpc.RpcMethodHandler:
         """The gRPC handler. No (de)serialisers, as in `unary`."""
@@ -56,9 +66,9 @@ class UploadHandler:
         fault: Fault | None = None
         answer, model = b"", ""
         try:
-            header = await self._header(context)
+            header = await self._uploads.result(self._header(context))
             model = header.model
-            answer = await self._upload(header, context)
+            answer = await self._uploads.result(self._upload(header, context))
             code = grpc.StatusCode.OK
         except asyncio.CancelledError:
             raise
@@ -89,13 +99,9 @@ class UploadHandler:
         architecture = self._architecture(header)
         _check_header(header)
         self._curator.check_upload(header.model, header.version)
-        incoming = await asyncio.to_thread(store.begin, header.size_bytes, header.sha256)
+        incoming = await to_end_or_undone(lambda: store.begin(header.size_bytes, header.sha256), Incoming.discard)
         try:
-            while (part := await self._part(context)) is not None:
-                if part.WhichOneof("part") != "data":
-                    raise Fault(Reason.MALFORMED_REQUEST, "after its header an upload has data alone", "data")
-                self._metrics.received_bytes.labels(_NAME).inc(len(part.data))
-                await incoming.write(part.data)
+            await self._receive(incoming, context)
             await incoming.finish()
             logger.info("key %r uploaded version %s of model %r", who, header.version, header.model)
             await self._curator.upload(header.model, header.version, architecture, incoming)
@@ -104,6 +110,20 @@ class UploadHandler:
             await asyncio.shield(asyncio.to_thread(incoming.discard))
         model = self._catalogue.describe_any(header.model, header.version, parameters=True)
         return pb.UploadWeightsResponse(model=model).SerializeToString()
+
+    async def _receive(self, incoming: Incoming, context: grpc.aio.ServicerContext) -> None:
+        seconds = _SECONDS + incoming.size / _BYTES_PER_SECOND
+        try:
+            async with asyncio.timeout(seconds):
+                while (part := await self._part(context)) is not None:
+                    if part.WhichOneof("part") != "data":
+                        raise Fault(Reason.MALFORMED_REQUEST, "after its header an upload has data alone", "data")
+                    self._metrics.received_bytes.labels(_NAME).inc(len(part.data))
+                    await incoming.write(part.data)
+        except TimeoutError:
+            raise Fault(
+                Reason.DEADLINE_EXCEEDED, f"the {incoming.size} bytes of the upload did not come within {seconds:.0f} s"
+            ) from None
 
     def _architecture(self, header: pb.UploadHeader) -> str:
         """The version whose architecture is meant."""
