@@ -21,8 +21,8 @@ import torch
 from pullback_server import spec
 from pullback_server.engine import Engine
 from pullback_server.engine.members import Batches
-from pullback_server.engine.transfer import Watch, byte_counts, packed, pieces
 from pullback_server.engine.shelf import Shelf
+from pullback_server.engine.transfer import Watch, byte_counts, packed, pieces
 from pullback_server.engine.worker import Worker
 from pullback_server.hosting import Registration
 from pullback_server.ipc import messages

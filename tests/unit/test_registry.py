@@ -300,3 +300,7 @@ def test_keys_that_say_nothing_or_too_much(tmp_path: Path) -> None:
         read_keys(str(file))
     with pytest.raises(ValueError, match="rights"):
         new_key("none", [], ["*"])
+
+
+def test_a_new_key_can_follow_an_option() -> None:
+    assert not any(new_key("one", ["load"], ["*"])[0].startswith("-") for _ in range(500))

@@ -163,10 +163,11 @@ class Registry:
     async def _noting(self, name: str, number: str, origin: Origin) -> AsyncIterator[None]:
         began = time.monotonic()
         before = self.table.find(name, number)
-        if before is not None and before.origin != origin and before.state is VersionState.READY:
+        ready = before is not None and before.state is VersionState.READY
+        if before is not None and ready and before.origin != origin:
             raise self._refused(name, before, origin)
         self.table.note(
-            name, number, VersionState.LOADING, "newer contents are being loaded" if before else "loading", origin
+            name, number, VersionState.LOADING, "newer contents are being loaded" if ready else "loading", origin
         )
         good = False
         try:

@@ -122,7 +122,9 @@ def new_key(name: str, rights: list[str], models: list[str]) -> tuple[str, str]:
 
     Raises ValueError for what such an entry cannot say.
     """
-    key = secrets.token_urlsafe(32)
+    # One that begins so would be taken for an option where it follows --key.
+    while (key := secrets.token_urlsafe(32)).startswith("-"):
+        pass
     digest = hashlib.sha256(key.encode()).hexdigest()
     try:
         entry = Key.model_validate({"name": name, "sha256": digest, "rights": rights, "models": models})
