@@ -201,7 +201,7 @@ def backward_raises(x: Tensor) -> Tensor:
     return result
 
 
-@model("backward_misshapes", inputs=VECTOR, outputs=["y"])
+@model("backward_misshapes", gate=False, inputs=VECTOR, outputs=["y"])
 def backward_misshapes(x: Tensor) -> Tensor:
     result: Tensor = BackwardMisshapes.apply(x)
     return result
