@@ -15,16 +15,14 @@ from pullback_wire.dtypes import dtype_number
 
 #: Name of a model: what fits a metric label, a URL path and a directory.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ATTRIBUTE = "__pullback_registrations__"
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_name(text: str) -> bool:
     """Whether a model can be called so."""
     return _NAME.fullmatch(text) is not None
-
-
-_ATTRIBUTE = "__pullback_registrations__"
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
