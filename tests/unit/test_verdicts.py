@@ -255,8 +255,8 @@ def test_a_compiled_plan_is_gone() -> None:
 
 
 def test_compiled_by_its_author_is_gone() -> None:
-    # In a process of its own: dynamo knows the code of nn.Sequential from other tests, and logs, with exceptions that pytest
-    # keeps, what it cannot make of it any more.
+    # In a process of its own: dynamo knows the code of nn.Sequential from other tests, and logs what it cannot make of
+    # it any more, with exceptions that pytest keeps.
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
 
