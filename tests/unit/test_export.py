@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import textwrap
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tests.unit import engine_jobs as jobs
+from tests.unit import source_items as items
 
 from pullback_server.engine.exporting import find, main
 from pullback_server.engine.hosted import build
@@ -19,19 +19,6 @@ from pullback_server.engine.sources import registration_of
 from pullback_server.hosting.loading import LoadError
 from pullback_wire import Reason
 
-HERE = Path(__file__).parent
-
-
-def _beside(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-jobs, items = _beside("engine_jobs"), _beside("source_items")
 torch.set_num_threads(1)
 
 MODELS = '''

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit import engine_jobs as jobs
+from tests.unit import source_items as items
 
 from pullback_server.engine import Engine
 from pullback_server.engine.shelf import Shelf
@@ -21,19 +22,6 @@ from pullback_server.engine.surroundings import Surroundings
 from pullback_server.hosting import Item
 from pullback_server.ipc.messages import Installed, NotInstalled
 
-HERE = Path(__file__).parent
-
-
-def _beside(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-jobs, items = _beside("engine_jobs"), _beside("source_items")
 torch.set_num_threads(1)
 X = torch.tensor([1.0, 2.0], dtype=torch.float64)
 #: What begins the file of a model that is a function of x.

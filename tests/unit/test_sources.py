@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import pickle
 import subprocess
@@ -15,25 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.unit import engine_jobs as jobs
+from tests.unit import source_items as items
 from torch import nn
 
 from pullback_server.engine.sources import forget, registration_of
 from pullback_server.hosting import Item, Registration, TensorSpec
 from pullback_server.hosting.loading import LoadError, load_source
 
-HERE = Path(__file__).parent
-
-
-def _beside(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-jobs, items = _beside("engine_jobs"), _beside("source_items")
 make_item, real, write = items.make_item, items.real, items.write
 torch.set_num_threads(1)
 Tensor = torch.Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.unit import engine_jobs as jobs
+from tests.unit import source_items as items
+from tests.unit import tape_jobs as tape
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,19 +22,6 @@ from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
 from pullback_wire import Reason
 
-HERE = Path(__file__).parent
-
-
-def _beside(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-jobs, items, tape = _beside("engine_jobs"), _beside("source_items"), _beside("tape_jobs")
 real = items.real
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*torch.jit.*")

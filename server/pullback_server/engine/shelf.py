@@ -63,7 +63,7 @@ class Shelf:
             self._bystanders.watch()
             before = Surroundings()
             registration = _sources().registration_of(item, self._known, self._engine.device)
-            with kept(_owner(item)):
+            with kept(item.owner):
                 signature = self._engine.load(gated(registration, self._gate), verdict)
             operators.check(_sources().name_of(item))
             changed = self._bystanders.changed()
@@ -71,13 +71,13 @@ class Shelf:
                 before.restore()
                 replaced = before.unpatch(all=True)
                 raise LoadError(
-                    f"{_owner(item)}: since it was loaded, {changed} computes something else"
+                    f"{item.owner}: since it was loaded, {changed} computes something else"
                     f"{f', for {listed(replaced)} is another' if replaced else ''}; host it on a server of its own"
                 )
             return Installed(number, signature, self._engine.verdict(item.name, item.id))
         # A model's code may raise anything, and may even exit; what served before goes on serving.
         except (Exception, SystemExit) as error:
-            text = str(error) if isinstance(error, LoadError) else f"{_owner(item)} does not load: {told(error)}"
+            text = str(error) if isinstance(error, LoadError) else f"{item.owner} does not load: {told(error)}"
             return NotInstalled(number, cleaned(text), trace_of(error))
 
     def unload(self, model: str, id: str) -> None:
@@ -112,7 +112,3 @@ def _sources() -> ModuleType:
     from pullback_server.engine import sources
 
     return sources
-
-
-def _owner(item: Item) -> str:
-    return f"model {item.name!r} version {item.version}"

@@ -44,7 +44,7 @@ def registration_of(
 
     Nothing of it remains in the process after `forget`. Raises LoadError naming the model and the cause.
     """
-    owner = f"model {item.name!r} version {item.version}"
+    owner = item.owner
     try:
         if item.base is not None:
             found = _base(item, known)
@@ -71,7 +71,7 @@ def _base(item: Item, known: Mapping[tuple[str, str], Registration]) -> Registra
     if found is None:
         there = [f"{name} version {version}" for name, version in known]
         raise LoadError(
-            f"model {item.name!r} version {item.version}: no model {name!r} version {version} was registered at the "
+            f"{item.owner}: no model {name!r} version {version} was registered at the "
             f"start, whose architecture it could have; there are {listed(there) or 'none'}"
         )
     return found

@@ -289,7 +289,7 @@ class LocalFleet:
         # One that is being replaced gets it afterwards, as long as another has it.
         ready = [one for one in self._workers if one.name in names and one.state is WorkerState.READY]
         if not ready:
-            raise Transient(f"model {item.name!r} version {item.version}: no worker is ready; they are starting")
+            raise Transient(f"{item.owner}: no worker is ready; they are starting")
         try:
             # One after the other: what costs one its life, or much time, shall not meet all of them at once.
             for one in ready:
@@ -297,7 +297,7 @@ class LocalFleet:
         except BaseException as error:
             await self.uninstall(item.name, item.id)
             if isinstance(error, WorkerLost):
-                told = f"model {item.name!r} version {item.version}: {error} while it loaded it"
+                told = f"{item.owner}: {error} while it loaded it"
                 self._victims[item.name, item.digest] += 1
                 # The first time it may have been chance.
                 raise (Transient if self._victims[item.name, item.digest] < _VICTIMS else LoadFailure)(told) from error

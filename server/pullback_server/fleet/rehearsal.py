@@ -55,7 +55,7 @@ class Stage:
             return self._registered
 
     async def _rehearse(self, item: Item) -> Rehearsed:
-        owner = f"model {item.name!r} version {item.version}"
+        owner = item.owner
         try:
             link = await self._started()
         except (StartError, OSError) as error:

@@ -80,9 +80,6 @@ def chosen(item: Item, verdict: Verdict, counts: dict[str, tuple[bool, int]]) ->
     devices = verdict.devices
     may = [name for name in counts if not devices or any(fnmatchcase(name, pattern) for pattern in devices)]
     if not may:
-        raise LoadFailure(
-            f"model {item.name!r} version {item.version}: devices={devices} matches none of the workers "
-            f"{', '.join(counts)}"
-        )
+        raise LoadFailure(f"{item.owner}: devices={devices} matches none of the workers {', '.join(counts)}")
     # Sorting is stable: the first of those that hold equally many.
     return sorted(may, key=lambda name: counts[name])[: verdict.replicas]

@@ -151,7 +151,7 @@ class LocalWorker:
             found = await link.load(item, verdict, seconds)
         except TimeoutError:
             await link.close(0.0)
-            raise LoadFailure(f"model {item.name!r} version {item.version} did not load within {seconds:g} s") from None
+            raise LoadFailure(f"{item.owner} did not load within {seconds:g} s") from None
         except asyncio.CancelledError:
             # It will load it all the same, and shall then forget it.
             link.forget(*key)

@@ -30,3 +30,8 @@ class Item(msgspec.Struct, array_like=True, frozen=True):
     def id(self) -> str:
         """See `Signature.id`."""
         return version_id(self.version, self.revision)
+
+    @property
+    def owner(self) -> str:
+        """What messages about it begin with."""
+        return f"model {self.name!r} version {self.version}"

@@ -11,14 +11,13 @@ from pathlib import Path
 import msgspec
 
 from pullback_server.fleet.seam import LoadFailure, Transient
+from pullback_server.hosting.digests import copy
 from pullback_server.hosting.items import Item
 from pullback_server.hosting.manifest import RepositoryError
 from pullback_server.hosting.repository import NoSuchModel, NotSettled, Repository, Unavailable
 from pullback_server.registry.incoming import storing
 from pullback_server.registry.threads import to_end
 from pullback_server.registry.uploads import UploadStore
-
-_CHUNK = 4 << 20
 
 
 class NotYet(Transient):
@@ -110,15 +109,15 @@ class Versions:
                 f"model {name!r} version {number}: its architecture, version {architecture}, is not there"
             )
         try:
-            copy = await to_end(self._repository.stage, name, architecture, folder)
+            staged = await to_end(self._repository.stage, name, architecture, folder)
         except Unavailable as error:
             raise Transient(f"model {name!r} version {number}: its architecture: {error}") from error
         except RepositoryError as error:
             raise LoadFailure(f"model {name!r} version {number}: its architecture: {error}") from error
         copied = await to_end(self._copied, weights, folder, sha256, f"model {name!r} version {number}")
-        digest = hashlib.sha256(f"{copy.digest} {sha256.hex()}".encode()).hexdigest()
-        manifest = copy.manifest.model_dump_json()
-        return Item(name, number, revision, str(copy.directory), manifest, digest, str(copied))
+        digest = hashlib.sha256(f"{staged.digest} {sha256.hex()}".encode()).hexdigest()
+        manifest = staged.manifest.model_dump_json()
+        return Item(name, number, revision, str(staged.directory), manifest, digest, str(copied))
 
     def _copied(self, weights: Path, folder: Path, sha256: bytes, owner: str) -> Path:
         """Copies uploaded weights.
@@ -127,21 +126,13 @@ class Versions:
         """
         # A name that no file of a version has.
         to = folder / ".uploaded.safetensors"
-        digest = hashlib.sha256()
         try:
             with weights.open("rb") as source, storing(weights.stat().st_size):
-                folder.mkdir(parents=True, exist_ok=True)
-                with to.open("wb") as file:
-                    while chunk := source.read(_CHUNK):
-                        if self._stopped.is_set():
-                            raise InterruptedError("the server is stopping")
-                        digest.update(chunk)
-                        file.write(chunk)
+                digest, _ = copy(source, to, self._stopped.is_set)
         except OSError as error:
             raise Transient(f"{owner}: its uploaded weights cannot be copied: {error}") from error
-        if digest.digest() != sha256:
+        if digest != sha256.hex():
             raise LoadFailure(
-                f"{owner}: its uploaded weights were changed: their SHA-256 is {digest.hexdigest()}, uploaded was "
-                f"{sha256.hex()}"
+                f"{owner}: its uploaded weights were changed: their SHA-256 is {digest}, uploaded was {sha256.hex()}"
             )
         return to
