@@ -108,8 +108,8 @@ def test_what_is_built_differently_by_a_replacement_is_left_out_and_nothing_else
 
 
 def test_loading_waits_for_what_computes(rigged: Callable[..., Rig]) -> None:
-    rig = rigged("--load-timeout", "4")
-    rig.write("long", forward="time.sleep(6 if x.numel() == 3 else 0)")
+    rig = rigged("--load-timeout", "9")
+    rig.write("long", forward="time.sleep(11 if x.numel() == 3 else 0)")
     rig.client.load_model("long")
     before = rig.workers()
     found: list[object] = []
@@ -135,7 +135,7 @@ HARM = {
 
 
 def test_what_harms_workers_harms_one_of_them(rigged: Callable[..., Rig]) -> None:
-    rig = rigged("--devices", "cpu:2", "--load-timeout", "3")
+    rig = rigged("--devices", "cpu:2", "--load-timeout", "9")
     stop = threading.Event()
     wrong: list[object] = []
 

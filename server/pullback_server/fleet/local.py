@@ -91,6 +91,8 @@ class LocalFleet:
         self._victims: Counter[tuple[str, str]] = Counter()
         #: Items that workers lack, on their way there.
         self._filling: dict[str, asyncio.Task[None]] = {}
+        #: Whether some worker may lack an item.
+        self._may_lack = False
         self._spawner = Spawner()
         # One copy fills a good part of the memory's bandwidth: a few at once are enough.
         self._copier = Copier(max(2, min(8, devices_.cores() // 2)))
@@ -224,6 +226,7 @@ class LocalFleet:
             raise
         self._held[worker.name] = theirs
         self._settle()
+        self._may_lack = True
         return link, theirs
 
     def _leave_out(self, worker: str, items: Sequence[Item], theirs: Signatures, link: Link) -> None:
@@ -250,14 +253,24 @@ class LocalFleet:
         self._signatures = functools.reduce(weakest, self._held.values(), {})
 
     def _changed(self) -> None:
-        for worker in self._workers:
-            # One that was replaced while an item was installed may lack it.
-            if worker.state is WorkerState.READY and worker.name not in self._filling:
-                missing = [one for one in self._shelf.missing(worker.name, worker.held) if not worker.busy_changing]
-                if missing:
-                    task = asyncio.create_task(self._fill(worker, missing))
-                    self._filling[worker.name] = task
+        # After every job, too: most of the time there is nothing to look for.
+        if self._may_lack:
+            self._may_lack = self._fill_in()
         self.on_change()
+
+    def _fill_in(self) -> bool:
+        """Has workers load what they lack, as one does that was replaced while an item was installed.
+
+        Returns whether to look again.
+        """
+        again = False
+        for worker in self._workers:
+            if worker.state is not WorkerState.READY or worker.busy_changing or worker.name in self._filling:
+                again = True
+            elif missing := self._shelf.missing(worker.name, worker.held):
+                again = True
+                self._filling[worker.name] = asyncio.create_task(self._fill(worker, missing))
+        return again
 
     async def _fill(self, worker: LocalWorker, missing: Sequence[Shelved]) -> None:
         try:
@@ -273,6 +286,7 @@ class LocalFleet:
                     _log.error("worker %s holds no %s version %s: %s", worker.name, *key, error)
         finally:
             del self._filling[worker.name]
+            self._may_lack = True
 
     # Items.
 
@@ -303,6 +317,7 @@ class LocalFleet:
                 raise (Transient if self._victims[item.name, item.digest] < _VICTIMS else LoadFailure)(told) from error
             raise
         self._shelf.put(Shelved(item, rehearsed, names))
+        self._may_lack = True
         self._changed()
         return self._signatures[item.name][item.id]
 
