@@ -303,6 +303,12 @@ class ModifiedInPlace(FailedPrecondition):
     cause = Reason.MODIFIED_IN_PLACE
 
 
+class NonFinite(FailedPrecondition, ArithmeticError):
+    """An operation made NaN or infinity of finite numbers, and detect_anomaly asked to be told."""
+
+    cause = Reason.NON_FINITE
+
+
 class NotOnSessionWorker(FailedPrecondition):
     """The session's worker does not hold this model."""
 
@@ -319,6 +325,12 @@ class Overloaded(ResourceExhausted):
     """Too much is waiting or in flight on the server."""
 
     cause = Reason.OVERLOADED
+
+
+class QuotaExceeded(ResourceExhausted):
+    """The caller has spent a quota of its own; retry_after tells when there will be some of it again."""
+
+    cause = Reason.QUOTA_EXCEEDED
 
 
 class OutOfMemory(ResourceExhausted, MemoryError):

@@ -6,7 +6,16 @@ Nothing here knows torch, jax or grpc.
 from pullback_wire.codec import TensorReader, TensorWriter, element_count
 from pullback_wire.dtypes import DTYPES, dtype_name, numpy_dtype, wire_dtype
 from pullback_wire.framing import PAYLOADS_FIELD, WireError, decode, encode, encode_message
-from pullback_wire.methods import CALLER_KEY, GRADIENT_METHODS, MODEL_METHODS, PRIORITY_KEY, SESSION_SERVICE, Method
+from pullback_wire.methods import (
+    CALLER_KEY,
+    GRADIENT_METHODS,
+    MODEL_METHODS,
+    PRIORITY_KEY,
+    REQUEST_ID_KEY,
+    SESSION_SERVICE,
+    TIMINGS_KEY,
+    Method,
+)
 from pullback_wire.reasons import ERROR_DOMAIN, Code, Reason
 
 __all__ = [
@@ -17,7 +26,9 @@ __all__ = [
     "MODEL_METHODS",
     "PAYLOADS_FIELD",
     "PRIORITY_KEY",
+    "REQUEST_ID_KEY",
     "SESSION_SERVICE",
+    "TIMINGS_KEY",
     "Code",
     "Method",
     "Reason",

@@ -51,3 +51,7 @@ SESSION_SERVICE: str = session.DESCRIPTOR.services_by_name["SessionService"].ful
 CALLER_KEY = "pullback-caller"
 #: Metadata key: "high" (before the same caller's other calls, and with a larger share) or "normal".
 PRIORITY_KEY = "pullback-priority"
+#: Metadata key: what the logs of server and client call a request; the server makes one where none comes.
+REQUEST_ID_KEY = "pullback-request-id"
+#: Metadata key: "1" asks for where the time went; so is the trailer called that tells it, as JSON.
+TIMINGS_KEY = "pullback-timings"

@@ -73,6 +73,8 @@ class Reason(enum.Enum):
     UNSUPPORTED_BY_MODEL = "UNSUPPORTED_BY_MODEL", Code.FAILED_PRECONDITION
     #: A tensor that a backward needs was changed in place after the forward.
     MODIFIED_IN_PLACE = "MODIFIED_IN_PLACE", Code.FAILED_PRECONDITION
+    #: An operation made NaN or infinity of finite numbers, and the call asked to be told.
+    NON_FINITE = "NON_FINITE", Code.FAILED_PRECONDITION
     #: A handle is not known to the session, or is in use already.
     BAD_HANDLE = "BAD_HANDLE", Code.INVALID_ARGUMENT
     #: Operands do not go together, or not with the tensor operation.
@@ -85,6 +87,8 @@ class Reason(enum.Enum):
     DEPENDENCY_FAILED = "DEPENDENCY_FAILED", Code.FAILED_PRECONDITION
     #: Too much is waiting or in flight; comes with RetryInfo.
     OVERLOADED = "OVERLOADED", Code.RESOURCE_EXHAUSTED
+    #: The principal has spent a quota of its own; comes with RetryInfo where waiting helps.
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED", Code.RESOURCE_EXHAUSTED
     #: The device's memory does not suffice.
     OUT_OF_MEMORY = "OUT_OF_MEMORY", Code.RESOURCE_EXHAUSTED
     #: The session's byte budget is spent.
@@ -107,9 +111,9 @@ class Reason(enum.Enum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED", Code.DEADLINE_EXCEEDED
     #: This administrative call is not enabled.
     ADMIN_DISABLED = "ADMIN_DISABLED", Code.PERMISSION_DENIED
-    #: An administrative call without a key, or with one that is not known.
+    #: No credentials, or such as are not known, not valid any more, or not for this server.
     UNAUTHENTICATED = "UNAUTHENTICATED", Code.UNAUTHENTICATED
-    #: The key does not give the right to make this call.
+    #: The principal has not the right to make this call.
     PERMISSION_DENIED = "PERMISSION_DENIED", Code.PERMISSION_DENIED
     #: The version cannot be loaded; what served before goes on serving.
     LOAD_FAILED = "LOAD_FAILED", Code.FAILED_PRECONDITION

@@ -178,7 +178,7 @@ class App:
 def _keys(config: Config) -> Access:
     """Raises StartError."""
     try:
-        return read_keys(config.admin_keys)
+        return read_keys(config.principals)
     except KeyFileError as error:
         raise StartError(str(error)) from error
 

@@ -55,16 +55,41 @@ class Config(BaseSettings):
     uploads: str | None = Field(None, description="folder for weights that callers upload [default: they may not]")
     max_upload_bytes: int = Field(16 << 30, ge=8, description="largest upload")
     max_uploads_bytes: int = Field(64 << 30, ge=8, description="largest sum of the uploads that are kept")
-    admin_keys: str | None = Field(
-        None,
-        description="TOML file of the keys for administrative calls; `pullback-server key` makes them [default: such "
-        "calls are refused]",
-    )
     gate: bool = Field(True, description="check gradients when models are loaded, where a model does not say itself")
     host: str = Field("127.0.0.1", description="address to listen on, for gRPC and metrics")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8470, description="gRPC port; 0 picks a free one")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        9470, description="HTTP port of /metrics, /livez and /readyz; 0 picks a free one"
+        9470, description="HTTP port of /metrics, /livez, /readyz and the page for people; 0 picks a free one"
+    )
+    health_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None,
+        description="plaintext gRPC port for probes alone, with the services 'liveness' and 'readiness'; open from the "
+        "beginning [default: none]",
+    )
+    insecure: bool = Field(
+        False, description="allow an address that others can reach without TLS, where something else protects it"
+    )
+    tls_cert: str | None = Field(None, description="PEM certificate chain; read anew when it changes")
+    tls_key: str | None = Field(None, description="PEM private key of the certificate; read anew when it changes")
+    tls_client_ca: str | None = Field(
+        None, description="PEM certificates that vouch for clients, who then need one; read anew when it changes"
+    )
+    metrics_tls: bool = Field(False, description="the metrics port speaks HTTPS, with the same certificate")
+    principals: str | None = Field(
+        None,
+        description="TOML file that says who may do what, by bearer token, JWT or client certificate; read anew when "
+        "it changes [default: everybody may call, nobody may administer]",
+    )
+    reflection: bool = Field(True, description="offer gRPC reflection, to those who may call")
+    page: bool = Field(True, description="offer the page for people on the metrics port")
+    max_metadata_bytes: int = Field(16 << 10, ge=4 << 10, description="largest metadata of a call")
+    max_connections: int = Field(16384, ge=1, description="connections at once; more are closed")
+    max_connection_streams: int = Field(1024, ge=1, description="calls and sessions at once on one connection")
+    max_connection_age_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="after which a connection is told to go, so that clients rebalance; its calls and sessions go on "
+        "to their end [default: never]",
     )
     devices: str = Field(
         "auto",
@@ -126,8 +151,22 @@ class Config(BaseSettings):
         60.0, ge=1, description="a session whose client sends nothing for this long, no heartbeat either, is ended"
     )
     load_timeout: float = Field(600.0, gt=0, description="seconds in which a worker must have loaded its models")
-    grace: float = Field(20.0, ge=0, description="seconds that running calls get to end after SIGTERM")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+    drain_seconds: float = Field(
+        5.0,
+        ge=0,
+        description="seconds for which calls are still answered after SIGTERM while the probes already say not ready, "
+        "so that balancers turn away",
+    )
+    grace: float = Field(20.0, ge=0, description="seconds that running calls and sessions get to end after that")
+    gradient_health: bool = Field(
+        True, description="count norms, zeros, NaN and infinities of gradients and outputs, by model"
+    )
+    tracing: bool = Field(
+        False, description="OpenTelemetry traces, configured by the standard OTEL_* variables; needs pullback[otel]"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_format: Literal["console", "json"] = Field("console", description="how it is written, on stderr")
+    access_log: bool = Field(False, description="log a line for each call, and for each session at its end")
 
     @field_validator("models", mode="before")
     @classmethod

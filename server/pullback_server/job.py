@@ -72,6 +72,25 @@ class Job(msgspec.Struct, array_like=True, tag="job"):
     max_cotangents: int
     #: Copy inputs before the model sees them. Set when the model turned out to write into its inputs.
     copy_inputs: bool = False
+    #: Look for the operation that first makes NaN or infinity of finite numbers, and fail with its name.
+    detect_anomaly: bool = False
+
+
+class Health(msgspec.Struct, array_like=True, frozen=True):
+    """How the numbers of one call were, as computed on its device.
+
+    norm: 2-norm over all its gradients, NaN where one of them is; None: there were none.
+    elements, zeros: of the gradients, and how many of them are exactly zero.
+    gradient_nans, gradient_infs, output_nans, output_infs: elements that are no finite numbers.
+    """
+
+    norm: float | None = None
+    elements: int = 0
+    zeros: int = 0
+    gradient_nans: int = 0
+    gradient_infs: int = 0
+    output_nans: int = 0
+    output_infs: int = 0
 
 
 class GradRef(msgspec.Struct, array_like=True, frozen=True):
@@ -105,6 +124,8 @@ class Outcome(msgspec.Struct, array_like=True, tag="outcome"):
     device_memory: int = 0
     #: How often the rows had to be split because memory ran out.
     splits: int = 0
+    #: None: it was not looked at.
+    health: Health | None = None
 
 
 class Batch(msgspec.Struct, array_like=True, tag="batch"):

@@ -31,7 +31,7 @@ def test_every_unary_rpc_is_listed() -> None:
     assert set(GRADIENT_METHODS) == {
         method.name for method in gradient.DESCRIPTOR.services_by_name["GradientService"].methods
     }
-    assert set(MODEL_METHODS) == {"ListModels", "GetModel", "LoadModel", "UnloadModel"}
+    assert set(MODEL_METHODS) == {"ListModels", "GetModel", "GetModelGraph", "LoadModel", "UnloadModel"}
     assert GRADIENT_METHODS["ComputeVjp"].path == "/pullback.v1.GradientService/ComputeVjp"
     assert GRADIENT_METHODS["ComputeVjp"].request is gradient.ComputeVjpRequest
     assert MODEL_METHODS["GetModel"].response is model.GetModelResponse

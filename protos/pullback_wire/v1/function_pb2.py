@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from pullback_wire.v1 import tensor_pb2 as pullback__wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpullback_wire/v1/function.proto\x12\x0bpullback.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1dpullback_wire/v1/tensor.proto\"\x88\x01\n\x08\x46unction\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1f\n\x04loss\x18\x03 \x01(\x0b\x32\x11.pullback.v1.Loss\x12\x1f\n\x04mode\x18\x04 \x01(\x0e\x32\x11.pullback.v1.Mode\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\xa2\x01\n\x04Loss\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x31\n\x08\x62indings\x18\x03 \x03(\x0b\x32\x1f.pullback.v1.Loss.BindingsEntry\x1a/\n\rBindingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"H\n\rResultOptions\x12\x14\n\x0comit_outputs\x18\x01 \x01(\x08\x12!\n\x05\x64type\x18\x02 \x01(\x0e\x32\x12.pullback.v1.Dtype*;\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_EVAL\x10\x01\x12\x0e\n\nMODE_TRAIN\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpullback_wire/v1/function.proto\x12\x0bpullback.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1dpullback_wire/v1/tensor.proto\"\xa0\x01\n\x08\x46unction\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1f\n\x04loss\x18\x03 \x01(\x0b\x32\x11.pullback.v1.Loss\x12\x1f\n\x04mode\x18\x04 \x01(\x0e\x32\x11.pullback.v1.Mode\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x64\x65tect_anomaly\x18\x06 \x01(\x08\x42\x07\n\x05_seed\"\xa2\x01\n\x04Loss\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x31\n\x08\x62indings\x18\x03 \x03(\x0b\x32\x1f.pullback.v1.Loss.BindingsEntry\x1a/\n\rBindingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"H\n\rResultOptions\x12\x14\n\x0comit_outputs\x18\x01 \x01(\x08\x12!\n\x05\x64type\x18\x02 \x01(\x0e\x32\x12.pullback.v1.Dtype*;\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_EVAL\x10\x01\x12\x0e\n\nMODE_TRAIN\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOSS_BINDINGSENTRY']._loaded_options = None
   _globals['_LOSS_BINDINGSENTRY']._serialized_options = b'8\001'
-  _globals['_MODE']._serialized_start=487
-  _globals['_MODE']._serialized_end=546
+  _globals['_MODE']._serialized_start=511
+  _globals['_MODE']._serialized_end=570
   _globals['_FUNCTION']._serialized_start=110
-  _globals['_FUNCTION']._serialized_end=246
-  _globals['_LOSS']._serialized_start=249
-  _globals['_LOSS']._serialized_end=411
-  _globals['_LOSS_BINDINGSENTRY']._serialized_start=364
-  _globals['_LOSS_BINDINGSENTRY']._serialized_end=411
-  _globals['_RESULTOPTIONS']._serialized_start=413
-  _globals['_RESULTOPTIONS']._serialized_end=485
+  _globals['_FUNCTION']._serialized_end=270
+  _globals['_LOSS']._serialized_start=273
+  _globals['_LOSS']._serialized_end=435
+  _globals['_LOSS_BINDINGSENTRY']._serialized_start=388
+  _globals['_LOSS_BINDINGSENTRY']._serialized_end=435
+  _globals['_RESULTOPTIONS']._serialized_start=437
+  _globals['_RESULTOPTIONS']._serialized_end=509
 # @@protoc_insertion_point(module_scope)

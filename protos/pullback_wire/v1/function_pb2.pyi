@@ -63,6 +63,7 @@ class Function(google.protobuf.message.Message):
     LOSS_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    DETECT_ANOMALY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of the hosted model."""
     version: builtins.str
@@ -71,6 +72,10 @@ class Function(google.protobuf.message.Message):
     """How the model runs; unspecified means MODE_EVAL."""
     seed: builtins.int
     """Seed of every random number the call draws. A call that draws random numbers is reproducible only with a seed."""
+    detect_anomaly: builtins.bool
+    """True: NaN or infinity that an operation makes of finite numbers, forward or backward, fails the call with
+    NON_FINITE and a message that names the operation and the module. Slow; for finding out.
+    """
     @property
     def loss(self) -> Global___Loss:
         """Loss applied to the model's outputs; absent: none."""
@@ -83,9 +88,10 @@ class Function(google.protobuf.message.Message):
         loss: Global___Loss | None = ...,
         mode: Global___Mode.ValueType = ...,
         seed: builtins.int | None = ...,
+        detect_anomaly: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "loss", b"loss", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "loss", b"loss", "mode", b"mode", "model", b"model", "seed", b"seed", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "detect_anomaly", b"detect_anomaly", "loss", b"loss", "mode", b"mode", "model", b"model", "seed", b"seed", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___Function: typing_extensions.TypeAlias = Function

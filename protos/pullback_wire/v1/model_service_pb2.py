@@ -22,56 +22,67 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from pullback_wire.v1 import function_pb2 as pullback__wire_dot_v1_dot_function__pb2
 from pullback_wire.v1 import tensor_pb2 as pullback__wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$pullback_wire/v1/model_service.proto\x12\x0bpullback.v1\x1a\x1dpullback_wire/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.pullback.v1.Model\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"\x99\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12\'\n\x06inputs\x18\x07 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12(\n\x07outputs\x18\x08 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12+\n\nparameters\x18\t \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12\x17\n\nbatch_axis\x18\n \x01(\x05H\x00\x88\x01\x01\x12*\n\x06losses\x18\x0b \x03(\x0b\x32\x1a.pullback.v1.LossSignature\x12#\n\x06orders\x18\x0c \x01(\x0b\x32\x13.pullback.v1.Orders\x12\x0f\n\x07\x64\x65vices\x18\r \x03(\t\x12\x17\n\x0fparameter_count\x18\x0e \x01(\x03\x12\'\n\x08\x62\x61tching\x18\x0f \x01(\x0b\x32\x15.pullback.v1.Batching\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12!\n\x14hard_timeout_seconds\x18\x11 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06source\x18\x12 \x01(\t\x12\x10\n\x08revision\x18\x13 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x14 \x01(\t\x12\"\n\x06\x63hecks\x18\x15 \x03(\x0b\x32\x12.pullback.v1.Check\x12\x0e\n\x06limits\x18\x16 \x03(\t\x12\x14\n\x0cmemory_bytes\x18\x17 \x01(\x03\x12\x18\n\x10gradient_seconds\x18\x18 \x01(\x01\x12*\n\nplacements\x18\x19 \x03(\x0b\x32\x16.pullback.v1.Placement\x12\x34\n\x10version_statuses\x18\x1a \x03(\x0b\x32\x1a.pullback.v1.VersionStatusB\r\n\x0b_batch_axisB\x17\n\x15_hard_timeout_seconds\"Q\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.pullback.v1.CheckOutcome\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"S\n\tPlacement\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.pullback.v1.ModelState\"z\n\rVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\"I\n\x08\x42\x61tching\x12\x10\n\x08max_rows\x18\x01 \x01(\x05\x12\x19\n\x11max_delay_seconds\x18\x02 \x01(\x01\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"<\n\x06Orders\x12\x0f\n\x07reverse\x18\x01 \x01(\x05\x12\x0f\n\x07\x66orward\x18\x02 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"Y\n\rLossSignature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x18\n\x10optional_tensors\x18\x03 \x03(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"K\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x65lete_uploads\x18\x03 \x01(\x08\"\x15\n\x13UnloadModelResponse\"[\n\x14UploadWeightsRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.pullback.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"p\n\x0cUploadHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x1c\n\x14\x61rchitecture_version\x18\x05 \x01(\t\":\n\x15UploadWeightsResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04*\x97\x01\n\x0c\x43heckOutcome\x12\x1d\n\x19\x43HECK_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HECK_OUTCOME_PASSED\x10\x01\x12\x1a\n\x16\x43HECK_OUTCOME_DECLARED\x10\x02\x12\x17\n\x13\x43HECK_OUTCOME_NOTED\x10\x03\x12\x19\n\x15\x43HECK_OUTCOME_SKIPPED\x10\x04\x32\x9e\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.pullback.v1.ListModelsRequest\x1a\x1f.pullback.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.pullback.v1.GetModelRequest\x1a\x1d.pullback.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1d.pullback.v1.LoadModelRequest\x1a\x1e.pullback.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.pullback.v1.UnloadModelRequest\x1a .pullback.v1.UnloadModelResponse\x12X\n\rUploadWeights\x12!.pullback.v1.UploadWeightsRequest\x1a\".pullback.v1.UploadWeightsResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$pullback_wire/v1/model_service.proto\x12\x0bpullback.v1\x1a\x1fpullback_wire/v1/function.proto\x1a\x1dpullback_wire/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.pullback.v1.Model\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"i\n\x14GetModelGraphRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.pullback.v1.Mode\x12\x11\n\tmax_nodes\x18\x04 \x01(\x05\"\x89\x01\n\x15GetModelGraphResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12%\n\x05nodes\x18\x02 \x03(\x0b\x32\x16.pullback.v1.GraphNode\x12%\n\x05\x65\x64ges\x18\x03 \x03(\x0b\x32\x16.pullback.v1.GraphEdge\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"\x91\x01\n\tGraphNode\x12\n\n\x02id\x18\x01 \x01(\x05\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.pullback.v1.GraphNodeKind\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06module\x18\x04 \x01(\t\x12!\n\x05\x64type\x18\x05 \x01(\x0e\x32\x12.pullback.v1.Dtype\x12\r\n\x05shape\x18\x06 \x03(\x03\"+\n\tGraphEdge\x12\x0e\n\x06source\x18\x01 \x01(\x05\x12\x0e\n\x06target\x18\x02 \x01(\x05\"\x99\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08versions\x18\x03 \x03(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\x12\'\n\x06inputs\x18\x07 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12(\n\x07outputs\x18\x08 \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12+\n\nparameters\x18\t \x03(\x0b\x32\x17.pullback.v1.TensorSpec\x12\x17\n\nbatch_axis\x18\n \x01(\x05H\x00\x88\x01\x01\x12*\n\x06losses\x18\x0b \x03(\x0b\x32\x1a.pullback.v1.LossSignature\x12#\n\x06orders\x18\x0c \x01(\x0b\x32\x13.pullback.v1.Orders\x12\x0f\n\x07\x64\x65vices\x18\r \x03(\t\x12\x17\n\x0fparameter_count\x18\x0e \x01(\x03\x12\'\n\x08\x62\x61tching\x18\x0f \x01(\x0b\x32\x15.pullback.v1.Batching\x12\x0c\n\x04plan\x18\x10 \x01(\t\x12!\n\x14hard_timeout_seconds\x18\x11 \x01(\x01H\x01\x88\x01\x01\x12\x0e\n\x06source\x18\x12 \x01(\t\x12\x10\n\x08revision\x18\x13 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x14 \x01(\t\x12\"\n\x06\x63hecks\x18\x15 \x03(\x0b\x32\x12.pullback.v1.Check\x12\x0e\n\x06limits\x18\x16 \x03(\t\x12\x14\n\x0cmemory_bytes\x18\x17 \x01(\x03\x12\x18\n\x10gradient_seconds\x18\x18 \x01(\x01\x12*\n\nplacements\x18\x19 \x03(\x0b\x32\x16.pullback.v1.Placement\x12\x34\n\x10version_statuses\x18\x1a \x03(\x0b\x32\x1a.pullback.v1.VersionStatusB\r\n\x0b_batch_axisB\x17\n\x15_hard_timeout_seconds\"Q\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.pullback.v1.CheckOutcome\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"S\n\tPlacement\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.pullback.v1.ModelState\"z\n\rVersionStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.pullback.v1.ModelState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\"I\n\x08\x42\x61tching\x12\x10\n\x08max_rows\x18\x01 \x01(\x05\x12\x19\n\x11max_delay_seconds\x18\x02 \x01(\x01\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"<\n\x06Orders\x12\x0f\n\x07reverse\x18\x01 \x01(\x05\x12\x0f\n\x07\x66orward\x18\x02 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\"Y\n\rLossSignature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x18\n\x10optional_tensors\x18\x03 \x03(\t\x12\x0f\n\x07options\x18\x04 \x03(\t\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model\"K\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x65lete_uploads\x18\x03 \x01(\x08\"\x15\n\x13UnloadModelResponse\"[\n\x14UploadWeightsRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.pullback.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"p\n\x0cUploadHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\x1c\n\x14\x61rchitecture_version\x18\x05 \x01(\t\":\n\x15UploadWeightsResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.pullback.v1.Model*\xa5\x01\n\rGraphNodeKind\x12\x1f\n\x1bGRAPH_NODE_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15GRAPH_NODE_KIND_INPUT\x10\x01\x12\x1d\n\x19GRAPH_NODE_KIND_PARAMETER\x10\x02\x12\x1d\n\x19GRAPH_NODE_KIND_OPERATION\x10\x03\x12\x1a\n\x16GRAPH_NODE_KIND_OUTPUT\x10\x04*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04*\x97\x01\n\x0c\x43heckOutcome\x12\x1d\n\x19\x43HECK_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43HECK_OUTCOME_PASSED\x10\x01\x12\x1a\n\x16\x43HECK_OUTCOME_DECLARED\x10\x02\x12\x17\n\x13\x43HECK_OUTCOME_NOTED\x10\x03\x12\x19\n\x15\x43HECK_OUTCOME_SKIPPED\x10\x04\x32\xf6\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.pullback.v1.ListModelsRequest\x1a\x1f.pullback.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.pullback.v1.GetModelRequest\x1a\x1d.pullback.v1.GetModelResponse\x12V\n\rGetModelGraph\x12!.pullback.v1.GetModelGraphRequest\x1a\".pullback.v1.GetModelGraphResponse\x12J\n\tLoadModel\x12\x1d.pullback.v1.LoadModelRequest\x1a\x1e.pullback.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.pullback.v1.UnloadModelRequest\x1a .pullback.v1.UnloadModelResponse\x12X\n\rUploadWeights\x12!.pullback.v1.UploadWeightsRequest\x1a\".pullback.v1.UploadWeightsResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pullback_wire.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=2059
-  _globals['_MODELSTATE']._serialized_end=2199
-  _globals['_CHECKOUTCOME']._serialized_start=2202
-  _globals['_CHECKOUTCOME']._serialized_end=2353
-  _globals['_LISTMODELSREQUEST']._serialized_start=84
-  _globals['_LISTMODELSREQUEST']._serialized_end=103
-  _globals['_LISTMODELSRESPONSE']._serialized_start=105
-  _globals['_LISTMODELSRESPONSE']._serialized_end=161
-  _globals['_GETMODELREQUEST']._serialized_start=163
-  _globals['_GETMODELREQUEST']._serialized_end=211
-  _globals['_GETMODELRESPONSE']._serialized_start=213
-  _globals['_GETMODELRESPONSE']._serialized_end=266
-  _globals['_MODEL']._serialized_start=269
-  _globals['_MODEL']._serialized_end=1062
-  _globals['_CHECK']._serialized_start=1064
-  _globals['_CHECK']._serialized_end=1145
-  _globals['_PLACEMENT']._serialized_start=1147
-  _globals['_PLACEMENT']._serialized_end=1230
-  _globals['_VERSIONSTATUS']._serialized_start=1232
-  _globals['_VERSIONSTATUS']._serialized_end=1354
-  _globals['_BATCHING']._serialized_start=1356
-  _globals['_BATCHING']._serialized_end=1429
-  _globals['_ORDERS']._serialized_start=1431
-  _globals['_ORDERS']._serialized_end=1491
-  _globals['_LOSSSIGNATURE']._serialized_start=1493
-  _globals['_LOSSSIGNATURE']._serialized_end=1582
-  _globals['_LOADMODELREQUEST']._serialized_start=1584
-  _globals['_LOADMODELREQUEST']._serialized_end=1633
-  _globals['_LOADMODELRESPONSE']._serialized_start=1635
-  _globals['_LOADMODELRESPONSE']._serialized_end=1689
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1691
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1766
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1768
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1789
-  _globals['_UPLOADWEIGHTSREQUEST']._serialized_start=1791
-  _globals['_UPLOADWEIGHTSREQUEST']._serialized_end=1882
-  _globals['_UPLOADHEADER']._serialized_start=1884
-  _globals['_UPLOADHEADER']._serialized_end=1996
-  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_start=1998
-  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_end=2056
-  _globals['_MODELSERVICE']._serialized_start=2356
-  _globals['_MODELSERVICE']._serialized_end=2770
+  _globals['_GRAPHNODEKIND']._serialized_start=2532
+  _globals['_GRAPHNODEKIND']._serialized_end=2697
+  _globals['_MODELSTATE']._serialized_start=2700
+  _globals['_MODELSTATE']._serialized_end=2840
+  _globals['_CHECKOUTCOME']._serialized_start=2843
+  _globals['_CHECKOUTCOME']._serialized_end=2994
+  _globals['_LISTMODELSREQUEST']._serialized_start=117
+  _globals['_LISTMODELSREQUEST']._serialized_end=136
+  _globals['_LISTMODELSRESPONSE']._serialized_start=138
+  _globals['_LISTMODELSRESPONSE']._serialized_end=194
+  _globals['_GETMODELREQUEST']._serialized_start=196
+  _globals['_GETMODELREQUEST']._serialized_end=244
+  _globals['_GETMODELRESPONSE']._serialized_start=246
+  _globals['_GETMODELRESPONSE']._serialized_end=299
+  _globals['_GETMODELGRAPHREQUEST']._serialized_start=301
+  _globals['_GETMODELGRAPHREQUEST']._serialized_end=406
+  _globals['_GETMODELGRAPHRESPONSE']._serialized_start=409
+  _globals['_GETMODELGRAPHRESPONSE']._serialized_end=546
+  _globals['_GRAPHNODE']._serialized_start=549
+  _globals['_GRAPHNODE']._serialized_end=694
+  _globals['_GRAPHEDGE']._serialized_start=696
+  _globals['_GRAPHEDGE']._serialized_end=739
+  _globals['_MODEL']._serialized_start=742
+  _globals['_MODEL']._serialized_end=1535
+  _globals['_CHECK']._serialized_start=1537
+  _globals['_CHECK']._serialized_end=1618
+  _globals['_PLACEMENT']._serialized_start=1620
+  _globals['_PLACEMENT']._serialized_end=1703
+  _globals['_VERSIONSTATUS']._serialized_start=1705
+  _globals['_VERSIONSTATUS']._serialized_end=1827
+  _globals['_BATCHING']._serialized_start=1829
+  _globals['_BATCHING']._serialized_end=1902
+  _globals['_ORDERS']._serialized_start=1904
+  _globals['_ORDERS']._serialized_end=1964
+  _globals['_LOSSSIGNATURE']._serialized_start=1966
+  _globals['_LOSSSIGNATURE']._serialized_end=2055
+  _globals['_LOADMODELREQUEST']._serialized_start=2057
+  _globals['_LOADMODELREQUEST']._serialized_end=2106
+  _globals['_LOADMODELRESPONSE']._serialized_start=2108
+  _globals['_LOADMODELRESPONSE']._serialized_end=2162
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2164
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2239
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2241
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2262
+  _globals['_UPLOADWEIGHTSREQUEST']._serialized_start=2264
+  _globals['_UPLOADWEIGHTSREQUEST']._serialized_end=2355
+  _globals['_UPLOADHEADER']._serialized_start=2357
+  _globals['_UPLOADHEADER']._serialized_end=2469
+  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_start=2471
+  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_end=2529
+  _globals['_MODELSERVICE']._serialized_start=2997
+  _globals['_MODELSERVICE']._serialized_end=3499
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import pullback_wire.v1.function_pb2
 import pullback_wire.v1.tensor_pb2
 import sys
 import typing
@@ -19,6 +20,38 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _GraphNodeKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GraphNodeKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GraphNodeKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GRAPH_NODE_KIND_UNSPECIFIED: _GraphNodeKind.ValueType  # 0
+    """Not said."""
+    GRAPH_NODE_KIND_INPUT: _GraphNodeKind.ValueType  # 1
+    """An input of the model."""
+    GRAPH_NODE_KIND_PARAMETER: _GraphNodeKind.ValueType  # 2
+    """A parameter."""
+    GRAPH_NODE_KIND_OPERATION: _GraphNodeKind.ValueType  # 3
+    """An operation that has a backward."""
+    GRAPH_NODE_KIND_OUTPUT: _GraphNodeKind.ValueType  # 4
+    """An output of the model."""
+
+class GraphNodeKind(_GraphNodeKind, metaclass=_GraphNodeKindEnumTypeWrapper):
+    """What a node of an autograd graph is."""
+
+GRAPH_NODE_KIND_UNSPECIFIED: GraphNodeKind.ValueType  # 0
+"""Not said."""
+GRAPH_NODE_KIND_INPUT: GraphNodeKind.ValueType  # 1
+"""An input of the model."""
+GRAPH_NODE_KIND_PARAMETER: GraphNodeKind.ValueType  # 2
+"""A parameter."""
+GRAPH_NODE_KIND_OPERATION: GraphNodeKind.ValueType  # 3
+"""An operation that has a backward."""
+GRAPH_NODE_KIND_OUTPUT: GraphNodeKind.ValueType  # 4
+"""An output of the model."""
+Global___GraphNodeKind: typing_extensions.TypeAlias = GraphNodeKind
 
 class _ModelState:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -158,6 +191,132 @@ class GetModelResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
 
 Global___GetModelResponse: typing_extensions.TypeAlias = GetModelResponse
+
+@typing.final
+class GetModelGraphRequest(google.protobuf.message.Message):
+    """See ModelService.GetModelGraph."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
+    MAX_NODES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of the model."""
+    version: builtins.str
+    """Version; empty: the latest that is ready."""
+    mode: pullback_wire.v1.function_pb2.Mode.ValueType
+    """How the model runs; unspecified means MODE_EVAL."""
+    max_nodes: builtins.int
+    """Nodes at most; 0: the server's own limit."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.str = ...,
+        mode: pullback_wire.v1.function_pb2.Mode.ValueType = ...,
+        max_nodes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_nodes", b"max_nodes", "mode", b"mode", "name", b"name", "version", b"version"]) -> None: ...
+
+Global___GetModelGraphRequest: typing_extensions.TypeAlias = GetModelGraphRequest
+
+@typing.final
+class GetModelGraphResponse(google.protobuf.message.Message):
+    """See ModelService.GetModelGraph."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    EDGES_FIELD_NUMBER: builtins.int
+    TRUNCATED_FIELD_NUMBER: builtins.int
+    version: builtins.str
+    """The version that was looked at."""
+    truncated: builtins.bool
+    """True: the graph has more nodes than these."""
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GraphNode]:
+        """Inputs and parameters first, then operations so that each comes after what it was made from, then outputs."""
+
+    @property
+    def edges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GraphEdge]:
+        """Which node's result goes into which."""
+
+    def __init__(
+        self,
+        *,
+        version: builtins.str = ...,
+        nodes: collections.abc.Iterable[Global___GraphNode] | None = ...,
+        edges: collections.abc.Iterable[Global___GraphEdge] | None = ...,
+        truncated: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["edges", b"edges", "nodes", b"nodes", "truncated", b"truncated", "version", b"version"]) -> None: ...
+
+Global___GetModelGraphResponse: typing_extensions.TypeAlias = GetModelGraphResponse
+
+@typing.final
+class GraphNode(google.protobuf.message.Message):
+    """A node of an autograd graph."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    MODULE_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    SHAPE_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    """What edges call it; counts from 0."""
+    kind: Global___GraphNodeKind.ValueType
+    """What it is."""
+    name: builtins.str
+    """Of an operation: torch's name of its backward, e.g. "AddmmBackward0"; else the tensor's name."""
+    module: builtins.str
+    """Path of the module that ran the operation, e.g. "layers.0"; empty for the model itself."""
+    dtype: pullback_wire.v1.tensor_pb2.Dtype.ValueType
+    """Element type of the tensor, or of the operation's first result."""
+    @property
+    def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Shape of the same, for the sample."""
+
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+        kind: Global___GraphNodeKind.ValueType = ...,
+        name: builtins.str = ...,
+        module: builtins.str = ...,
+        dtype: pullback_wire.v1.tensor_pb2.Dtype.ValueType = ...,
+        shape: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "id", b"id", "kind", b"kind", "module", b"module", "name", b"name", "shape", b"shape"]) -> None: ...
+
+Global___GraphNode: typing_extensions.TypeAlias = GraphNode
+
+@typing.final
+class GraphEdge(google.protobuf.message.Message):
+    """A result that goes into an operation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    source: builtins.int
+    """Id of the node it comes from."""
+    target: builtins.int
+    """Id of the node it goes into."""
+    def __init__(
+        self,
+        *,
+        source: builtins.int = ...,
+        target: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["source", b"source", "target", b"target"]) -> None: ...
+
+Global___GraphEdge: typing_extensions.TypeAlias = GraphEdge
 
 @typing.final
 class Model(google.protobuf.message.Message):

@@ -536,6 +536,7 @@ class GradOp(google.protobuf.message.Message):
     IS_GRADS_BATCHED_FIELD_NUMBER: builtins.int
     FETCH_FIELD_NUMBER: builtins.int
     FETCH_BELOW_FIELD_NUMBER: builtins.int
+    DETECT_ANOMALY_FIELD_NUMBER: builtins.int
     retain_graph: builtins.bool
     """Absent: the value of create_graph."""
     create_graph: builtins.bool
@@ -546,6 +547,8 @@ class GradOp(google.protobuf.message.Message):
     """grad_outputs have a leading axis of independent cotangents."""
     fetch_below: builtins.int
     """Gradients of at most this many bytes come back in the answer without being named in `fetch`."""
+    detect_anomaly: builtins.bool
+    """As Function.detect_anomaly, for this backward: it names the operation of the graph that made it."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Outputs to differentiate."""
@@ -579,9 +582,10 @@ class GradOp(google.protobuf.message.Message):
         is_grads_batched: builtins.bool = ...,
         fetch: collections.abc.Iterable[builtins.int] | None = ...,
         fetch_below: builtins.int = ...,
+        detect_anomaly: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_retain_graph", b"_retain_graph", "retain_graph", b"retain_graph"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_retain_graph", b"_retain_graph", "allow_unused", b"allow_unused", "create_graph", b"create_graph", "fetch", b"fetch", "fetch_below", b"fetch_below", "grad_outputs", b"grad_outputs", "handles", b"handles", "inputs", b"inputs", "is_grads_batched", b"is_grads_batched", "outputs", b"outputs", "retain_graph", b"retain_graph"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_retain_graph", b"_retain_graph", "allow_unused", b"allow_unused", "create_graph", b"create_graph", "detect_anomaly", b"detect_anomaly", "fetch", b"fetch", "fetch_below", b"fetch_below", "grad_outputs", b"grad_outputs", "handles", b"handles", "inputs", b"inputs", "is_grads_batched", b"is_grads_batched", "outputs", b"outputs", "retain_graph", b"retain_graph"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_retain_graph", b"_retain_graph"]) -> typing.Literal["retain_graph"] | None: ...
 
 Global___GradOp: typing_extensions.TypeAlias = GradOp
