@@ -93,7 +93,8 @@ def small(server: Running, naive: str, echo: str, rounds: int) -> None:
         raw(data)
     after = server.mean_seconds()
     spent = {key: (after[key][0] - before[key][0]) / (after[key][1] - before[key][1]) * 1e3 for key in before}
-    spent["rest of the front"] = spent["request"] - sum(spent[key] for key in ("queue", "transfer", "compute"))
+    stages = ("decode", "queue", "transfer", "compute", "encode")
+    spent["rest of the front"] = spent["request"] - sum(spent[key] for key in stages)
     print("  " + ", ".join(f"{key} {value:.3f} ms" for key, value in spent.items()))
 
 

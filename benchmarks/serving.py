@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Running(NamedTuple):
     metrics: str
 
     def mean_seconds(self) -> dict[str, tuple[float, float]]:
-        """Sum and count of each stage so far, and of whole requests as "request"."""
+        """Sum and count of each stage so far; of whole requests as "request", of forward and backward as "compute"."""
         with urllib.request.urlopen(self.metrics, timeout=10) as answer:
             text = answer.read().decode()
         found: dict[str, tuple[float, float]] = {}
@@ -37,6 +37,9 @@ class Running(NamedTuple):
                 key = groups[1] if name else "request"
                 total, count = found.get(key, (0.0, 0.0))
                 found[key] = (total + value, count) if kind == "sum" else (total, count + value)
+        if "forward" in found:
+            total, count = found["forward"]
+            found["compute"] = (total + found.get("backward", (0.0, 0.0))[0], count)
         return found
 
 
@@ -78,10 +81,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def pullback_server(*arguments: str) -> Iterator[Running]:
-    """`pullback-server serve ARGUMENTS` on free ports, once it serves."""
+def pullback_server(*arguments: str, program: Sequence[str] = ("-m", "pullback_server.cli")) -> Iterator[Running]:
+    """`pullback-server serve ARGUMENTS` on free ports, once it serves. program: what Python runs for that."""
     port, metrics_port = free_port(), free_port()
-    command = [sys.executable, "-m", "pullback_server.cli", "serve", *arguments]
+    command = [sys.executable, *program, "serve", *arguments]
     command += ["--port", str(port), "--metrics-port", str(metrics_port), "--log-level", "warning"]
     process = subprocess.Popen(command)
     try:

@@ -71,7 +71,7 @@ class Operator:
 
     def __init__(self, root: Path, target: str, key: str) -> None:
         self._folder = root / "scale"
-        self._client = pb.connect(target, key=key, timeout=120)
+        self._client = pb.connect(target, token=key, timeout=120)
         self._rng = random.Random(0)
         self._number = 0
         self._factors: dict[int, float] = {}
@@ -205,13 +205,16 @@ def lifecycle(changes: int, callers: int = 16) -> list[str]:
         (root / "scale" / "model.toml").write_text(_MANIFEST)
         (root / "scale" / "model.py").write_text(_CODE)
         made = subprocess.run(
-            [sys.executable, "-m", "pullback_server", "key", "soak"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "pullback_server", "key", "soak", "--rights", "call,session,admin,upload"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         keys = Path(folder) / "keys.toml"
-        keys.write_text(made.stdout)
+        keys.write_text(made.stdout + '[anonymous]\nrights = ["call", "session", "metrics"]\n')
         key = made.stderr.split()[-1]
         with pullback_server(
-            "--repository", str(root), "--repository-mode", "explicit", "--admin-keys", str(keys),
+            "--repository", str(root), "--repository-mode", "explicit", "--principals", str(keys),
             "--uploads", str(Path(folder) / "uploads"), "--state-dir", str(Path(folder) / "state"),
         ) as running:  # fmt: skip
             _soak(figures, root, Path(folder), key, running, changes, callers)

@@ -14,6 +14,9 @@ import psutil
 from pullback_wire import GRADIENT_METHODS, TensorWriter, encode_message
 from pullback_wire.v1 import gradient_service_pb2 as pb
 
+#: Of a principals file: what those may do who bring no token.
+EVERYBODY = '[anonymous]\nrights = ["call", "session", "metrics"]\n'
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pullback_server.cli", *arguments]
@@ -26,7 +29,9 @@ class Served:
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command("serve", *arguments, "--port", "0", "--metrics-port", "0", "--threads", "1"),
+                command(
+                    "serve", "--drain-seconds", "0", *arguments, "--port", "0", "--metrics-port", "0", "--threads", "1"
+                ),
                 stderr=log,
                 cwd=folder,
             )

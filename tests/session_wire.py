@@ -36,14 +36,14 @@ class OpFailed(Exception):
 class Wire:
     """One session on a channel of its own."""
 
-    def __init__(self, target: str, *models: str, credit: int = 0, open: bool = True, **options: Any) -> None:
+    def __init__(self, target: str, *models: str, credit: int = 0, open: bool = True, metadata: Any = (), **options: Any) -> None:
         self._channel = grpc.insecure_channel(
             target,
             options=[("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)],
         )
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         call = self._channel.stream_stream(f"/{SESSION_SERVICE}/Session")
-        self.call = call(self._frames())
+        self.call = call(self._frames(), metadata=metadata)
         self.count = 0
         self.handle = 0
         self.transfer = 0

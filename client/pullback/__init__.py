@@ -19,6 +19,7 @@ Needs neither torch nor the server.
 from typing import TYPE_CHECKING, Any
 
 from pullback import errors
+from pullback._calls import CallTimings, record_timings, request_id
 from pullback._channel import TLS
 from pullback._client import Client, connect
 from pullback._grad_mode import enable_grad, is_grad_enabled, no_grad
@@ -32,14 +33,17 @@ from pullback_wire.malloc import pin_malloc as tune_malloc
 
 __all__ = [
     "TLS",
+    "CallTimings",
     "CheckInfo",
     "Client",
+    "GraphNode",
     "HessianResult",
     "HvpResult",
     "JacobianResult",
     "JvpResult",
     "Loss",
     "LossInfo",
+    "ModelGraph",
     "ModelInfo",
     "PlacementInfo",
     "PullbackError",
@@ -60,6 +64,8 @@ __all__ = [
     "is_grad_enabled",
     "matmul",
     "no_grad",
+    "record_timings",
+    "request_id",
     "stack",
     "tensor",
     "tune_malloc",
@@ -69,6 +75,7 @@ __all__ = [
 if TYPE_CHECKING:
     from pullback import autograd, functional
     from pullback._functions import cat, matmul, stack, where
+    from pullback._graph import GraphNode, ModelGraph
     from pullback._session import Session
     from pullback._tensor import Tensor, tensor
 
@@ -76,6 +83,8 @@ if TYPE_CHECKING:
 
 #: Loaded when first asked for: what stateless calls do without.
 _LAZY = {
+    "GraphNode": "_graph",
+    "ModelGraph": "_graph",
     "Session": "_session",
     "Tensor": "_tensor",
     "autograd": "",

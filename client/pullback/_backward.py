@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pullback import errors
+from pullback._anomaly import is_anomaly_enabled
 from pullback._apply import FETCH_BELOW, Arguments, as_gradient, choose_session
 from pullback._fork import gate
 from pullback._frames import HandleInfo, Operand
@@ -97,6 +98,7 @@ class _Run:
             create_graph=create_graph,
             allow_unused=allow_unused,
             is_grads_batched=batched,
+            detect_anomaly=is_anomaly_enabled(),
             fetch=fetch,
         )
         self.arguments.sent(pending.epoch)

@@ -97,7 +97,7 @@ class Pool:
                 used, session = idle.pop()
             except IndexError:
                 return None
-            if session.usable and not session.going_away and time.monotonic() - used < _IDLE:
+            if time.monotonic() - used < _IDLE and session.is_alive() and not session.going_away:
                 return session
         return None
 

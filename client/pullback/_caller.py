@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from pullback._results import Answer, Answered, VjpResult
 from pullback._transport import Transport
 from pullback_wire import MODEL_METHODS, TensorReader, WireError
 from pullback_wire.framing import Buffer
+from pullback_wire.v1 import function_pb2, model_service_pb2
 from pullback_wire.v1 import gradient_service_pb2 as pb
-from pullback_wire.v1 import model_service_pb2
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
@@ -66,6 +67,23 @@ class Caller:
             if info.state == "ready":
                 self._info = info
         return info
+
+    def graph(
+        self, train: bool, max_nodes: int | None, timeout: float | None
+    ) -> model_service_pb2.GetModelGraphResponse:
+        """Asks for the model's autograd graph. Raises ValueError, PullbackError."""
+        nodes = 0 if max_nodes is None else operator.index(max_nodes)
+        if max_nodes is not None and not 0 < nodes < 2**31:
+            raise ValueError(f"max_nodes is {max_nodes}, expected a positive number")
+        request = model_service_pb2.GetModelGraphRequest(
+            name=self.name,
+            version=self.version,
+            mode=function_pb2.MODE_TRAIN if train else function_pb2.MODE_EVAL,
+            max_nodes=nodes,
+        )
+        method, response = MODEL_METHODS["GetModelGraph"], model_service_pb2.GetModelGraphResponse
+        found, _ = self.transport.call(method, request, (), response, self._what("graph"), timeout)
+        return found
 
     def signature(self) -> ModelInfo:
         """As `info`, of a model that can be called. One that is being loaded is waited for, as calls do.

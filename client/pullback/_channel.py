@@ -17,11 +17,15 @@ from pullback._ticker import ticker
 #: A file's path, or the PEM bytes themselves.
 PemSource = str | os.PathLike[str] | bytes
 
+#: What the server knows a client by, or a function that is asked for it before each call.
+Token = str | Callable[[], str]
+
 #: Loopback and Unix sockets, which no proxy can reach: "localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/run/x",
-#: also after "dns:///" or "ipv4:".
-_LOCAL = re.compile(
-    r"(unix(-abstract)?:.*|(dns:/*|ipv[46]:)?(localhost|127(\.\d+){3}|\[?::1\]?)(:\d+)?)", re.IGNORECASE
-)
+#: also after "dns:///" or "ipv4:", and several after the latter.
+_HOST = r"(localhost|127(\.\d+){3}|\[?::1\]?)(:\d+)?"
+_LOCAL = re.compile(rf"(unix(-abstract)?:.*|(dns:/*)?{_HOST}|ipv[46]:{_HOST}(,{_HOST})*)", re.IGNORECASE)
+#: Targets of which each address is used: all that a name has, or those that are listed.
+_SPREAD = re.compile(r"dns:///.*|ipv[46]:.*,.*")
 _METADATA_KEY = re.compile(r"[0-9a-z_.-]+")
 _ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 
@@ -61,7 +65,7 @@ def _pem(source: PemSource | None) -> bytes | None:
 class Address:
     """All that is needed to open a channel; carries no connection, so it can be pickled.
 
-    metadata is sent with each call.
+    metadata is sent with each call, and so is what `token` says at the time.
     """
 
     target: str
@@ -70,6 +74,7 @@ class Address:
     max_message_bytes: int
     metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
     name: str
+    token: Token | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, str) or not self.target.strip():
@@ -88,6 +93,19 @@ class Address:
     def is_private(self) -> bool:
         """Whether nobody on the way can read what is sent: encrypted, or within this machine."""
         return self.tls is not None or _LOCAL.fullmatch(self.target) is not None
+
+    def authorization(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The metadata that say who is calling, for a call that is about to be made.
+
+        Raises ValueError for a token that none can be, and whatever the user's function that gives one raises.
+        """
+        token = self.token
+        if token is None:
+            return ()
+        found = token if isinstance(token, str) else token()
+        if not isinstance(found, str) or not found.strip():
+            raise ValueError(f"token gave {type(found).__name__ if not isinstance(found, str) else 'nothing'}")
+        return clean_metadata((("authorization", f"Bearer {found.strip()}"),))
 
     def options(self) -> list[tuple[str, Any]]:
         """gRPC's channel options."""
@@ -108,7 +126,7 @@ class Address:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.primary_user_agent", f"{self.name} pullback-python".strip()),
         ]
-        if self.target.startswith("dns:///"):
+        if _SPREAD.fullmatch(self.target):
             options.append(("grpc.service_config", _ROUND_ROBIN))
         if _LOCAL.fullmatch(self.target):
             options.append(("grpc.enable_http_proxy", 0))
@@ -185,11 +203,11 @@ class ForkAwareChannel:
         self._address = address
         # By generation. dict.setdefault is atomic, so there is no lock that a fork could leave locked.
         self._channels: dict[int, Any] = {}
-        self._callables: dict[tuple[int, str], Callable[..., bytes]] = {}
+        self._callables: dict[tuple[int, str], Any] = {}
         self.closed = False
         weakref.finalize(self, _abandon, self._channels).atexit = False
 
-    def unary(self, path: str) -> Callable[..., bytes]:
+    def unary(self, path: str) -> Any:
         """gRPC's callable for a unary method, from bytes to bytes."""
         if _orphans:
             close_orphans()

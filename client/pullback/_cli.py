@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `pullback models | head`: whoever read has read enough. Nothing more may be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (pullback.PullbackError, OSError, ValueError) as error:
+    # ImportError: pictures need a package of their own.
+    except (pullback.PullbackError, OSError, ValueError, ImportError) as error:
         print(f"pullback: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -51,7 +52,12 @@ def _connect(arguments: argparse.Namespace) -> pullback.Client:
             server_name=arguments.tls_server_name,
         )
     return pullback.connect(
-        arguments.target, tls=tls, timeout=arguments.timeout or _QUICK, name="pullback-cli", key=arguments.key
+        arguments.target,
+        tls=tls,
+        timeout=arguments.timeout or _QUICK,
+        name="pullback-cli",
+        token=arguments.token,
+        allow_plaintext_token=arguments.allow_plaintext_token,
     )
 
 
@@ -95,6 +101,21 @@ def _describe(client: pullback.Client, arguments: argparse.Namespace) -> None:
         _print_json(asdict(info))
     else:
         print(described(info))
+
+
+def _graph(client: pullback.Client, arguments: argparse.Namespace) -> None:
+    if arguments.json and arguments.output:
+        raise ValueError("--json prints to stdout; leave --output out, or --json")
+    model = client.model(arguments.model, arguments.version)
+    graph = model.graph(train=arguments.mode == "train", max_nodes=arguments.max_nodes)
+    if arguments.json:
+        _print_json(asdict(graph))
+    elif arguments.output:
+        graph.save(arguments.output)
+    else:
+        print(graph.dot(), end="")
+    if graph.truncated:
+        print(f"pullback: {graph!r}: the graph has more nodes; see --max-nodes", file=sys.stderr)
 
 
 def _load(client: pullback.Client, arguments: argparse.Namespace) -> None:
@@ -201,7 +222,8 @@ def _defaults() -> dict[str, Any]:
     return {
         "target": os.environ.get("PULLBACK_TARGET") or _DEFAULT_TARGET,
         "timeout": None,
-        "key": None,
+        "token": None,
+        "allow_plaintext_token": False,
         "json": False,
         "tls": False,
         "tls_ca": None,
@@ -220,9 +242,12 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=_seconds, metavar="SECONDS", help="longest a call may take [30; load 600, upload 3600]"
     )
     common.add_argument(
-        "--key",
-        help="what the server knows you by, for administrative calls; others on this machine can read command "
-        "lines, so rather set the environment variable [env PULLBACK_KEY]",
+        "--token",
+        help="what the server knows you by; others on this machine can read command lines, so rather set the "
+        "environment variable [env PULLBACK_TOKEN]",
+    )
+    common.add_argument(
+        "--allow-plaintext-token", action="store_true", help="send it to another machine although nothing is encrypted"
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     tls = common.add_argument_group("encryption")
@@ -245,6 +270,15 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("model", metavar="MODEL")
     describe.add_argument("--version", "--model-version", default=None, metavar="VERSION", help="[the latest]")
     describe.set_defaults(run=_describe)
+    graph = commands.add_parser("graph", parents=[common], help="draw a model's autograd graph")
+    graph.add_argument("model", metavar="MODEL")
+    graph.add_argument("--version", "--model-version", default=None, metavar="VERSION", help="[the latest]")
+    graph.add_argument(
+        "--output", "-o", default=None, metavar="FILE", help="what to write: .svg, .png, .pdf or .dot [DOT on stdout]"
+    )
+    graph.add_argument("--mode", choices=("eval", "train"), default="eval", help="how the model runs [eval]")
+    graph.add_argument("--max-nodes", type=int, default=None, metavar="NODES", help="nodes at most [2000]")
+    graph.set_defaults(run=_graph)
     load = commands.add_parser("load", parents=[common], help="load a model from the server's repository, or anew")
     load.add_argument("model", metavar="MODEL")
     load.add_argument("--version", default=None, metavar="VERSION", help="[what the model's version policy picks]")

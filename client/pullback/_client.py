@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pullback import errors
-from pullback._channel import TLS, Address, clean_metadata
+from pullback._channel import TLS, Address, Token, clean_metadata
 from pullback._info import ModelInfo, model_info
 from pullback._model import RemoteModel
 from pullback._retry import RetryPolicy
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pullback._tensor import Tensor
     from pullback._weights import Weights
 
-_KEY_VARIABLE = "PULLBACK_KEY"
+_TOKEN_VARIABLE = "PULLBACK_TOKEN"
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # grpc.health.v1 by hand: an empty HealthCheckRequest asks about the server as a whole, and a HealthCheckResponse is
 # one enum field. The generated messages would cost a dependency.
@@ -34,9 +34,9 @@ _SERVING = b"\x08\x01"
 class Client:
     """A connection to a Pullback server, made by `connect`. Usable as a context manager.
 
-    Nothing is sent before the first call. One client serves many threads; it may be pickled (with its metadata and
-    TLS settings, so treat the bytes as the secrets they hold), and a forked child gets a connection of its own. A fork
-    waits up to two seconds for calls that other threads have under way; while calls last longer than that, start
+    Nothing is sent before the first call. One client serves many threads; it may be pickled (with its metadata,
+    token and TLS settings, so treat the bytes as the secrets they hold; a function that gives tokens must be one that
+    pickle takes), and a forked child gets a connection of its own. A fork waits up to two seconds for calls that other threads have under way; while calls last longer than that, start
     processes by spawn or forkserver instead, as a child forked out of a gRPC call may crash.
     """
 
@@ -113,7 +113,7 @@ class Client:
         """Loads a version from the server's repository, or loads it anew. Returns the model once it is ready.
 
         What served before goes on serving until then, and if the new one cannot be loaded. It goes on too when this
-        call runs out of time. Needs a key with the right "load" (see `connect`). Made again only where no server was
+        call runs out of time. Needs the right "admin" (see `token` of `connect`). Made again only where no server was
         reached.
 
         version: None: those that the model's version policy picks; others are unloaded.
@@ -136,7 +136,7 @@ class Client:
     ) -> None:
         """Takes a version out of service: calls do not find it any more, those under way end, sessions keep theirs.
 
-        Needs a key with the right "load". Made again only where no server was reached.
+        Needs the right "admin". Made again only where no server was reached.
 
         version: None: all of them.
         delete_uploads: also deletes what was uploaded, so that no restart brings it back and its number is free again;
@@ -161,7 +161,7 @@ class Client:
     ) -> ModelInfo:
         """Makes a new version of a model's architecture with other weights. Returns the model once it is ready.
 
-        Needs a key with the right "upload". Where anything goes wrong, nothing of it is left on the server. Made again
+        Needs the right "upload". Where anything goes wrong, nothing of it is left on the server. Made again
         only where no server was reached.
 
         weights: the path of a safetensors file, its bytes, a binary file that can seek (taken from where it stands),
@@ -221,13 +221,14 @@ def connect(
     name: str = "",
     caller: str = "",
     priority: Literal["normal", "high"] = "normal",
-    key: str | None = None,
+    token: Token | None = None,
+    allow_plaintext_token: bool = False,
 ) -> Client:
     """A client of the server at `target`. Connects at its first call.
 
     target: "host:port", "unix:/path", or any gRPC target. "dns:///host:port" spreads calls over all addresses of the
-        name (round robin), as a headless Kubernetes Service wants it. Proxies from the environment are respected,
-        except for loopback and Unix sockets.
+        name (round robin), as a headless Kubernetes Service wants it, "ipv4:10.0.0.1:8470,10.0.0.2:8470" over those
+        listed. Proxies from the environment are respected, except for loopback and Unix sockets.
     tls: None: plain text; TLS() for a server with a public certificate.
     timeout: seconds for each call and all its attempts, where the call says nothing; None: no limit.
     connect_timeout: seconds that one attempt to connect may take.
@@ -238,18 +239,19 @@ def connect(
     caller: whom calls are counted for where a server shares its workers out among callers; empty: each connection is
         a caller of its own.
     priority: "high": before this caller's other calls, and with a larger share of the workers.
-    key: what the server knows this client by, sent with each call as `authorization: Bearer KEY`; administrative calls
-        need one. None: the environment variable PULLBACK_KEY, where `metadata` has no authorization of its own; empty:
-        none. It is never sent in plain text to another machine: there it takes `tls`, or, on a network that can be
-        trusted, `metadata`.
+    token: what the server knows this client by, sent with each call as `authorization: Bearer TOKEN`; or a function
+        that returns it, for tokens that expire. That is called before each call, in the thread that makes it, and once
+        more where a server no longer takes what it gave, so it should keep what it has while that is good. None: the
+        environment variable PULLBACK_TOKEN, where `metadata` has no authorization of its own; empty: none.
+    allow_plaintext_token: without it a token is never sent in plain text to another machine. True where nobody on the
+        way can listen, as where something else encrypts.
 
     Raises ValueError for a setting that cannot be, OSError for a TLS file that cannot be read.
     """
     if priority not in ("normal", "high"):
         raise ValueError(f"priority is {priority!r}, expected 'normal' or 'high'")
     told = [*clean_metadata(metadata)]
-    secret = _key(key, any(name == "authorization" for name, _ in told))
-    told += [("authorization", f"Bearer {secret}")] if secret else []
+    secret = _token(token, any(name == "authorization" for name, _ in told))
     told += [(CALLER_KEY, caller)] if caller else []
     told += [(PRIORITY_KEY, priority)] if priority != "normal" else []
     address = Address(
@@ -259,19 +261,23 @@ def connect(
         max_message_bytes=max_message_bytes,
         metadata=clean_metadata(told),
         name=name,
+        token=secret,
     )
-    if secret and not address.is_private:
+    if isinstance(secret, str):
+        # What cannot be sent is better said now than at the first call.
+        address.authorization()
+    if secret is not None and not (address.is_private or allow_plaintext_token):
         raise ValueError(
-            f"a key is given (by key= or {_KEY_VARIABLE}), and {target} would get it in plain text; give tls= too, or, "
-            "where nobody on the way can listen, metadata={'authorization': 'Bearer ...'}"
+            f"a token is given (by token= or {_TOKEN_VARIABLE}), and {target} would get it in plain text; give tls= too, "
+            "or, where nobody on the way can listen, allow_plaintext_token=True"
         )
     return Client(Transport(address, timeout, RetryPolicy() if retry is None else retry))
 
 
-def _key(key: str | None, authorized: bool) -> str:
-    """The key to be sent; empty: none. authorized: whether the metadata tell who is calling. Raises ValueError."""
-    if key is None:
-        return "" if authorized else os.environ.get(_KEY_VARIABLE, "").strip()
-    if key and authorized:
-        raise ValueError("key is given, and metadata has an authorization too; give one of them")
-    return key.strip()
+def _token(token: Token | None, authorized: bool) -> Token | None:
+    """The token to be sent; None: none. authorized: whether the metadata tell who is calling. Raises ValueError."""
+    if token is None:
+        return None if authorized else os.environ.get(_TOKEN_VARIABLE, "").strip() or None
+    if token and authorized:
+        raise ValueError("token is given, and metadata has an authorization too; give one of them")
+    return token or None

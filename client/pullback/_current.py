@@ -53,7 +53,9 @@ def lost_parameters(transport: Transport) -> set[tuple[str, str]]:
 
 def _found(transport: Transport) -> Session | None:
     found = _sessions(transport).get(gate.generation)
-    return found if found is not None and not (transport.closed or found.going_away) and found.is_alive() else None
+    if found is None or transport.closed or not found.is_alive() or found.going_away:
+        return None
+    return found
 
 
 def session_now(transport: Transport | None = None, model: tuple[str, str] | None = None) -> Session:

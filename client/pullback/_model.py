@@ -24,6 +24,7 @@ from pullback._transport import Transport
 from pullback_wire.v1 import gradient_service_pb2 as pb
 
 if TYPE_CHECKING:
+    from pullback._graph import ModelGraph
     from pullback._session import Session
     from pullback._tensor import Tensor
 
@@ -50,6 +51,8 @@ class RemoteModel:
     train: run as after module.train(). The hosted model does not change.
     seed: of the random numbers that the call draws, 0 to 2**64 - 1. In train mode one is drawn when none is given.
     result_dtype: float16, bfloat16, float32 or float64: the dtype in which real floating results come back.
+    detect_anomaly: fail with NonFinite, naming the operation that made it, where a result is NaN or infinite. Slow,
+        and not merged with other calls. `pullback.autograd.detect_anomaly()` does it for whole blocks.
     timeout: seconds for the call and its retries; None: the client's default; math.inf: no limit.
     wrt: what to differentiate with respect to: one name or a sequence of names and globs (*, ?, [..]) over inputs and
         parameters; a prefix "input:", "param:" or "target:" says which is meant. None: every floating-point or
@@ -102,6 +105,7 @@ class RemoteModel:
         train: bool = False,
         seed: int | None = None,
         max_order: int | None = None,
+        detect_anomaly: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Runs the model in a session and keeps its graph there: y = model(x); y.backward().
@@ -113,6 +117,7 @@ class RemoteModel:
         train, seed: as for the other methods.
         max_order: the highest order of derivative that will be asked for; None: any. 1 lets attention use its fast
             kernels.
+        detect_anomaly: as for the other methods; backwards through the graph that is made know the modules then.
 
         Returns a Tensor, or a dict of them by name where the model has several outputs.
 
@@ -120,7 +125,7 @@ class RemoteModel:
         """
         from pullback._remote_call import call_model
 
-        return call_model(self._caller, args, kwargs, parameters, train, seed, max_order)
+        return call_model(self._caller, args, kwargs, parameters, train, seed, max_order, detect_anomaly)
 
     def named_parameters(self, session: Session | None = None) -> Iterator[tuple[str, Tensor]]:
         """The parameters as Tensors that require grad, by name. The session's own: the hosted ones never change.
@@ -151,6 +156,21 @@ class RemoteModel:
         for tensor in taken_parameters(self._caller, session):
             tensor.grad = None
 
+    def graph(self, *, train: bool = False, max_nodes: int | None = None, timeout: float | None = None) -> ModelGraph:
+        """The autograd graph of the model: what a backward walks, of a sample that the server makes.
+
+            model.graph().save("model.svg")
+
+        train: as it is in train mode.
+        max_nodes: None: the server's own limit, 2000; it sends 20000 at most.
+        timeout: seconds; None: the client's default.
+
+        Raises UnsupportedByModel where the model's inputs declare no shapes, or no sample made of them makes it run.
+        """
+        from pullback._graph import model_graph
+
+        return model_graph(self.name, self._caller.graph(train, max_nodes, timeout))
+
     def evaluate(
         self,
         inputs: Any,
@@ -162,10 +182,11 @@ class RemoteModel:
         train: bool = False,
         seed: int | None = None,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> Any:
         """f(x), without derivatives."""
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("Evaluate", inputs, common) as draft:
             return self._caller.ask(draft, pb.EvaluateResponse, timeout, lambda m, answer: answer.outputs(m.outputs))
 
@@ -186,6 +207,7 @@ class RemoteModel:
         max_norm: float | None = None,
         return_outputs: bool = True,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> VjpResult:
         """The vector-Jacobian product: (outputs, Jᴴv), Jᴴv in torch's convention for complex numbers.
@@ -201,7 +223,7 @@ class RemoteModel:
 
         Raises BadCotangent, MissingCotangent; ResultTooLarge for more cotangents than the server takes.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("ComputeVjp", inputs, common) as draft:
             draft.cotangents(cotangents)
             return self._caller.vjp(
@@ -229,6 +251,7 @@ class RemoteModel:
         allow_unused: bool = False,
         max_norm: float | None = None,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> VjpResult:
         """A real scalar function's value and gradient: (value, dict of gradients by name).
@@ -239,7 +262,7 @@ class RemoteModel:
 
         Raises MissingCotangent when the function is not one real scalar.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("ComputeVjp", inputs, common) as draft:
             return self._caller.vjp(
                 draft,
@@ -265,6 +288,7 @@ class RemoteModel:
         seed: int | None = None,
         return_outputs: bool = True,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> JvpResult:
         """The Jacobian-vector product: (outputs, J t).
@@ -276,7 +300,7 @@ class RemoteModel:
 
         Raises OrderUnavailable where the model does not promise it (`info.forward_mode`).
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("ComputeJvp", inputs, common) as draft:
             draft.tangents(tangents)
             if not return_outputs:
@@ -307,6 +331,7 @@ class RemoteModel:
         cotangent_derivatives: bool = False,
         return_outputs: bool = True,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> HvpResult:
         """The derivative of a VJP along tangents; for a scalar function H t, the Hessian-vector product.
@@ -322,7 +347,7 @@ class RemoteModel:
 
         Raises OrderUnavailable where no second order is promised (`info.max_order`).
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("ComputeHvp", inputs, common) as draft:
             moved = draft.tangents(tangents)
             draft.cotangents(cotangents)
@@ -359,6 +384,7 @@ class RemoteModel:
         allow_unused: bool = False,
         return_outputs: bool = False,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> Any:
         """The dense Jacobian: J[i..., j...] = ∂y[i...]/∂x[j...], of shape y.shape + x.shape.
@@ -368,7 +394,7 @@ class RemoteModel:
 
         Raises ResultTooLarge (before anything is computed), ComplexUnsupported.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("ComputeJacobian", inputs, common) as draft:
             draft.wrt(wrt, allow_unused)
             if not return_outputs:
@@ -395,6 +421,7 @@ class RemoteModel:
         allow_unused: bool = False,
         return_outputs: bool = False,
         result_dtype: Any = None,
+        detect_anomaly: bool = False,
         timeout: float | None = None,
     ) -> Any:
         """The dense Hessian of a real scalar function: H[i..., j...] = ∂²y/∂x[i...]∂x[j...], of shape 2 x.shape.
@@ -405,7 +432,7 @@ class RemoteModel:
         Raises ResultTooLarge (before anything is computed), ComplexUnsupported, OrderUnavailable; MissingCotangent
         when the function is not one real scalar.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
         with self._caller.draft("ComputeHessian", inputs, common) as draft:
             draft.wrt(wrt, allow_unused)
             if not return_outputs:

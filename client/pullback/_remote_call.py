@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pullback import errors
+from pullback._anomaly import is_anomaly_enabled
 from pullback._apply import Arguments, choose_session, run
 from pullback._caller import Caller
 from pullback._current import is_default, lost_parameters, session_now
@@ -26,6 +27,7 @@ def call_model(
     train: bool,
     seed: int | None,
     max_order: int | None,
+    detect_anomaly: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """See RemoteModel.__call__."""
     given = {name: value for name, value in dict(parameters or {}).items() if value is not None}
@@ -43,7 +45,9 @@ def call_model(
     arguments = Arguments(session)
     inputs = {name: arguments.operand(value, f"inputs[{name!r}]") for name, value in named.items()}
     more = {name: arguments.operand(value, f"parameters[{name!r}]") for name, value in given.items()}
-    function = function_pb2.Function(model=caller.name, version=caller.version)
+    function = function_pb2.Function(
+        model=caller.name, version=caller.version, detect_anomaly=detect_anomaly or is_anomaly_enabled()
+    )
     names = [one.name for one in session_signature(caller, session).outputs] if session.pipelined else []
     try:
         outputs = run(

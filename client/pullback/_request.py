@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pullback._anomaly import is_anomaly_enabled
 from pullback._arrays import Array, result_dtype
 from pullback._info import ModelInfo
 from pullback._loss import Loss, resolve_loss
@@ -28,6 +29,7 @@ class Common:
     train: bool
     seed: int | None
     result_dtype: Any
+    detect_anomaly: bool = False
 
 
 class Draft:
@@ -103,6 +105,7 @@ def _function(model: str, version: str, loss: Loss | None, common: Common) -> fu
     if loss is not None:
         function.loss.CopyFrom(loss.message())
     set_mode(function, common.train, common.seed)
+    function.detect_anomaly = common.detect_anomaly or is_anomaly_enabled()
     return function
 
 

@@ -15,9 +15,9 @@ _random = random.SystemRandom()
 class RetryPolicy:
     """How calls are retried. Only pure calls are, and only after failures that another attempt may cure.
 
-    Retried are: a server that cannot be reached or a connection that broke, and whatever the server itself asks to
-    retry (loading, overloaded). Never retried: a call that killed workers, one that ran out of time or memory, one
-    that is wrong. All attempts together stay within the call's timeout.
+    Retried are: a server that cannot be reached or goes away, a connection that broke, and whatever the server itself
+    asks to retry (loading, overloaded). Never retried: a call that killed workers, one that ran out of time or memory,
+    one that is wrong. All attempts together stay within the call's timeout.
 
     attempts: how often a call is made at most; 1: never retried.
     initial_backoff: seconds before the second attempt at most; doubles with each attempt.
@@ -61,5 +61,8 @@ def _is_curable(error: errors.PullbackError) -> bool:
         return True
     if isinstance(error, errors.NotReady):
         return True
-    # Without a reason it is the transport that speaks.
-    return isinstance(error, errors.Unavailable) and not error.reason
+    if isinstance(error, errors.ClientClosed):
+        return False
+    # Without a reason it is the transport that speaks. CANCELLED is what gRPC's server says of calls that come in the
+    # moment in which it closes.
+    return isinstance(error, errors.Unavailable | errors.Cancelled) and not error.reason

@@ -37,8 +37,9 @@ BLOCK = 65536
 #: Ops that may wait for their answers before another has to wait for the first of them.
 _IN_FLIGHT = 256
 _EVERYTHING = 1 << 62
-#: Seconds after which a session that was not heard of is asked whether it lives, and for the answer.
-_STALE, _PATIENCE = 20.0, 10.0
+#: Seconds after which a session that was not heard of is asked whether it lives, and for the answer. A server that
+#: shuts down ends sessions that were quiet for as long.
+_STALE, _PATIENCE = 2.0, 10.0
 
 #: What a call runs: a hosted model, a loss alone, or a tensor operation by name.
 Callee = function_pb2.Function | Loss | str
@@ -235,6 +236,7 @@ class Session:
         create_graph: bool = False,
         allow_unused: bool = False,
         is_grads_batched: bool = False,
+        detect_anomaly: bool = False,
         fetch_below: int = 0,
         fetch: Sequence[int] | bool = False,
     ) -> Pending:
@@ -254,6 +256,7 @@ class Session:
             create_graph=create_graph,
             allow_unused=allow_unused,
             is_grads_batched=is_grads_batched,
+            detect_anomaly=detect_anomaly,
             fetch=[first + position for position in positions],
             fetch_below=_EVERYTHING if fetch is True else fetch_below,
         )

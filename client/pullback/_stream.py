@@ -75,6 +75,7 @@ class Stream:
 
     Making one sends nothing that is waited for; `open` waits for the server's answer.
 
+    request_id: what the server's log calls the session.
     epoch: how many ops changed tensors in place; values read in an earlier epoch may be out of date.
     released: handles to let go with the next frame; anything may append to it at any time.
     memory: which handles share memory.
@@ -104,8 +105,9 @@ class Stream:
         self._closing = False
         self._silence = _HEARTBEAT_TIMEOUT
         self._sent = self._heard = time.monotonic()
+        authorization = transport.address.authorization()
         with gate:
-            call = transport.stream(PATH, iter(self._frames.get, None))
+            call, self.request_id = transport.stream(PATH, iter(self._frames.get, None), authorization)
         self._call = call
         self._key = next(_keys)
         _calls[self._key] = call
@@ -386,12 +388,13 @@ class Stream:
             return errors.ClientClosed(f"session: the client of {self.target} is closed")
         if self._closing:
             return errors.SessionLost("it was closed")
-        translated = from_rpc_error(error, "session", self.target, None)
+        translated = from_rpc_error(error, "session", self.target, None, self.request_id)
         # Before the session was open it is a call like any other. Afterwards what counts is that the tensors are gone.
         plain = not translated.reason and not isinstance(translated, errors.Unimplemented | errors.PermissionDenied)
         if self.opened.session_id and plain:
-            why = f"; the server had said: {self.go_away}" if self.go_away else ""
-            lost = errors.SessionLost(f"the session with {self.target} is lost: {translated}{why}")
+            # Where the server had said that it goes, its connection's last words only hide why.
+            said = f"the session with {self.target} is lost: {self.go_away or translated}"
+            lost = errors.SessionLost(said, request_id=translated.request_id)
             lost.__cause__ = translated
             return lost
         return translated

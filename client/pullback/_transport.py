@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from google.protobuf.message import Message
 
 from pullback import errors
+from pullback._calls import Metadata, accompany, read_timings, recorded
 from pullback._channel import Address, ForkAwareChannel
 from pullback._fork import gate
 from pullback._retry import RetryPolicy
@@ -117,13 +118,25 @@ class Transport:
 
         Raises PullbackError: the last attempt's, when none succeeded.
         """
+        timings = recorded()
+        id, common = accompany(self.address.metadata, timings is not None)
 
-        def make(left: float | None) -> bytes:
+        def make(left: float | None, authorization: Metadata) -> bytes:
+            metadata = (*common, *authorization)
             # Blocking, and not through a future: that takes a thread switch more. An exception that arrives
             # meanwhile, such as KeyboardInterrupt, cancels the call.
-            return self._channel.unary(path)(data, timeout=left, metadata=self.address.metadata)
+            answer: bytes
+            if timings is None:
+                answer = self._channel.unary(path)(data, timeout=left, metadata=metadata)
+                return answer
+            began = time.perf_counter()
+            answer, call = self._channel.unary(path).with_call(data, timeout=left, metadata=metadata)
+            took = time.perf_counter() - began
+            if (told := read_timings(call.trailing_metadata(), what, id, took)) is not None:
+                timings.append(told)
+            return answer
 
-        return self._persist(make, what, timeout, attempts, pure)
+        return self._persist(make, what, timeout, attempts, pure, id)
 
     def upload(self, path: str, send: Callable[[Any], bytes], what: str, timeout: float | None) -> bytes:
         """The bytes of the answer to a stream, which is not pure.
@@ -134,31 +147,44 @@ class Transport:
         Raises PullbackError.
         """
 
-        def make(left: float | None) -> bytes:
-            method = self._channel.channel().stream_unary(path, request_serializer=None, response_deserializer=None)
-            return send(lambda parts: method.future(parts, timeout=left, metadata=self.address.metadata))
+        id, common = accompany(self.address.metadata)
 
-        return self._persist(make, what, timeout, None, False)
+        def make(left: float | None, authorization: Metadata) -> bytes:
+            metadata = (*common, *authorization)
+            method = self._channel.channel().stream_unary(path, request_serializer=None, response_deserializer=None)
+            return send(lambda parts: method.future(parts, timeout=left, metadata=metadata))
+
+        return self._persist(make, what, timeout, None, False, id)
 
     def _persist(
         self,
-        make: Callable[[float | None], bytes],
+        make: Callable[[float | None, Metadata], bytes],
         what: str,
         timeout: float | None,
         attempts: int | None,
         pure: bool,
+        id: str,
     ) -> bytes:
-        """What `make`, given the seconds that are left, returns at last."""
+        """What `make`, given the seconds that are left, returns at last. id: of the call, the same for all attempts."""
         check_timeout(timeout)
         limit = self.timeout if timeout is None else timeout
         if limit is not None and limit > _LONGEST:
             limit = None
         end = math.inf if limit is None else time.monotonic() + limit
         attempt = 0
+        authorization = self.address.authorization()
+        renewed = False
         while True:
             attempt += 1
             try:
-                return self._attempt(make, what, limit, end)
+                return self._attempt(lambda left: make(left, authorization), what, limit, end, id)
+            except errors.Unauthenticated:
+                # Refused before anything was done. A token may have expired between being asked for and being looked at.
+                fresh = self.address.authorization()
+                if renewed or attempt == attempts or fresh == authorization:
+                    raise
+                authorization, renewed = fresh, True
+                continue
             except errors.PullbackError as error:
                 again = attempt != attempts and (pure or never_connected(error))
                 pause = self.retry.pause(error, attempt) if again else None
@@ -167,8 +193,11 @@ class Transport:
             time.sleep(pause)
             if self._channel.closed:
                 raise self._is_closed(what)
+            authorization = self.address.authorization()
 
-    def _attempt(self, make: Callable[[float | None], bytes], what: str, limit: float | None, end: float) -> bytes:
+    def _attempt(
+        self, make: Callable[[float | None], bytes], what: str, limit: float | None, end: float, id: str
+    ) -> bytes:
         if self._channel.closed:
             raise self._is_closed(what)
         # The gate is around the imports too: one that is under way would hang a child forked meanwhile.
@@ -181,23 +210,24 @@ class Transport:
             except grpc.RpcError as error:
                 if self._channel.closed:
                     raise self._is_closed(what) from error
-                raise from_rpc_error(error, what, self.address.target, limit) from error
+                raise from_rpc_error(error, what, self.address.target, limit, id) from error
             except ValueError:
                 # gRPC's word for a channel that was closed between the question above and the call.
                 if self._channel.closed:
                     raise self._is_closed(what) from None
                 raise
 
-    def stream(self, path: str, requests: Iterator[bytes]) -> Any:
-        """gRPC's call object of a bidirectional stream from bytes to bytes. To be called inside the gate.
+    def stream(self, path: str, requests: Iterator[bytes], authorization: Metadata) -> tuple[Any, str]:
+        """gRPC's call object of a bidirectional stream from bytes to bytes, and its id. To be called inside the gate.
 
-        Raises ClientClosed.
+        authorization: see Address, which is to be asked outside of it. Raises ClientClosed.
         """
         if self._channel.closed:
             raise self._is_closed("session")
         try:
             method = self._channel.channel().stream_stream(path, request_serializer=None, response_deserializer=None)
-            return method(requests, metadata=self.address.metadata)
+            id, metadata = accompany(self.address.metadata)
+            return method(requests, metadata=(*metadata, *authorization)), id
         except ValueError:
             # gRPC's word for a channel that was closed just now.
             if self._channel.closed:

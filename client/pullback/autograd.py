@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from pullback import _backward
+from pullback._anomaly import detect_anomaly, is_anomaly_enabled
 from pullback._grad_mode import enable_grad, is_grad_enabled, no_grad
 from pullback._tensor import Tensor
 
-__all__ = ["backward", "enable_grad", "grad", "is_grad_enabled", "no_grad"]
+__all__ = [
+    "backward",
+    "detect_anomaly",
+    "enable_grad",
+    "grad",
+    "is_anomaly_enabled",
+    "is_grad_enabled",
+    "no_grad",
+]
 
 
 def grad(

@@ -47,6 +47,7 @@ class PullbackError(Exception):
     message: one sentence, which is str(error) too.
     violations: the request fields at fault.
     retry_after: seconds after which the server would like to be asked again; None: it did not say.
+    request_id: what the server's log calls the call; also a note, which tracebacks show. Empty where none was made.
     """
 
     #: The code and the cause of errors that the client itself makes.
@@ -61,6 +62,7 @@ class PullbackError(Exception):
         reason: str | None = None,
         violations: Sequence[Violation] = (),
         retry_after: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -68,13 +70,16 @@ class PullbackError(Exception):
         self.reason = (self.cause.value if self.cause else "") if reason is None else reason
         self.violations = tuple(violations)
         self.retry_after = retry_after
+        self.request_id = request_id
+        if request_id:
+            self.add_note(f"request id: {request_id}")
 
     def __str__(self) -> str:
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By keywords, which BaseException's own pickling would lose.
-        state = (self.message, self.code, self.reason, self.violations, self.retry_after)
+        state = (self.message, self.code, self.reason, self.violations, self.retry_after, self.request_id)
         return (_rebuild, (type(self), *state))
 
 
@@ -85,8 +90,11 @@ def _rebuild(
     reason: str,
     violations: Sequence[Violation],
     retry_after: float | None,
+    request_id: str,
 ) -> PullbackError:
-    return kind(message, code=code, reason=reason, violations=violations, retry_after=retry_after)
+    return kind(
+        message, code=code, reason=reason, violations=violations, retry_after=retry_after, request_id=request_id
+    )
 
 
 # ---- one class for each status code
@@ -149,14 +157,14 @@ class DeadlineExceeded(PullbackError, TimeoutError):
 
 
 class PermissionDenied(PullbackError, PermissionError):
-    """The caller may not do this: the key does not give the right to."""
+    """The caller may not do this: its credentials do not give the right to."""
 
     default_code = Code.PERMISSION_DENIED
     cause: ClassVar[Reason | None] = Reason.PERMISSION_DENIED
 
 
 class Unauthenticated(PullbackError, PermissionError):
-    """The server does not know who is calling: no key was given to `connect`, or one that it does not know."""
+    """The server does not know who is calling: no token was given to `connect`, or one that is not known, or expired."""
 
     default_code = Code.UNAUTHENTICATED
     cause = Reason.UNAUTHENTICATED

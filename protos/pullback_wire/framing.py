@@ -14,6 +14,10 @@ from google.protobuf.message import DecodeError, Message
 
 #: Number of the `payloads` field in every message that has one.
 PAYLOADS_FIELD = 100
+#: What a request may have, so that reading it costs no more than a few times its bytes: fields, payloads included, and
+#: bytes besides payloads.
+MAX_FIELDS = 1 << 17
+MAX_DESCRIPTION = 4 << 20
 
 _LENGTH_DELIMITED = 2
 _PAYLOADS_TAG = bytes([((PAYLOADS_FIELD << 3) | _LENGTH_DELIMITED) & 0x7F | 0x80, PAYLOADS_FIELD >> 4])
@@ -72,21 +76,25 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
             raise WireError("not a protobuf message: a varint is longer than 10 bytes")
 
 
-def split(data: bytes) -> tuple[bytes, list[memoryview]]:
+def split(data: bytes, *, bounded: bool = False) -> tuple[bytes, list[memoryview]]:
     """Splits a message into what is not `payloads` and views of its payloads, in order; copies no payload.
 
-    Fields may come in any order, as protobuf allows.
+    Fields may come in any order, as protobuf allows. bounded: hold it to MAX_FIELDS and MAX_DESCRIPTION.
 
-    Raises WireError where the top-level fields cannot be walked.
+    Raises WireError where the top-level fields cannot be walked, or are too many or too large.
     """
     view = memoryview(data)
     end = len(data)
+    left = MAX_FIELDS if bounded else end
     rest: list[memoryview] = []
     payloads: list[memoryview] = []
     at = kept_from = 0
     try:
         while at < end:
             start = at
+            if not left:
+                raise WireError(f"the message has more than {MAX_FIELDS} fields")
+            left -= 1
             key, at = _read_varint(data, at)
             wire_type = key & 7
             if wire_type == _LENGTH_DELIMITED:
@@ -115,15 +123,17 @@ def split(data: bytes) -> tuple[bytes, list[memoryview]]:
         raise WireError("not a protobuf message: it ends inside a field")
     if kept_from < end:
         rest.append(view[kept_from:end])
+    if bounded and (size := sum(map(len, rest))) > MAX_DESCRIPTION:
+        raise WireError(f"besides payloads the message has {size} bytes, at most {MAX_DESCRIPTION} are allowed")
     return (bytes(rest[0]) if len(rest) == 1 else b"".join(rest)), payloads
 
 
-def decode(message_type: type[M], data: bytes) -> tuple[M, Sequence[memoryview]]:
-    """Parses a message and gives its payloads as read-only views into `data`.
+def decode(message_type: type[M], data: bytes, *, bounded: bool = False) -> tuple[M, Sequence[memoryview]]:
+    """Parses a message and gives its payloads as read-only views into `data`. bounded: as in `split`.
 
     Raises WireError when the bytes are not such a message.
     """
-    header, payloads = split(data)
+    header, payloads = split(data, bounded=bounded)
     return parse(message_type, header), payloads
 
 

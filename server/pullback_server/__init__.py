@@ -1,8 +1,8 @@
 """Pullback's server: hosts registered PyTorch models and answers gradient requests."""
 
-from pullback_server.hosting import Batching, Compile, Gate, TensorSpec, model, spec
+from pullback_server.hosting import Batching, Compile, Gate, GradientHealth, TensorSpec, model, spec
 
-__all__ = ["Batching", "Compile", "Gate", "Server", "TensorSpec", "model", "spec"]
+__all__ = ["Batching", "Compile", "Gate", "GradientHealth", "Server", "TensorSpec", "model", "spec"]
 
 
 def __getattr__(name: str) -> object:

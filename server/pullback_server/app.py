@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +16,19 @@ from pullback_server.hosting.manifest import RepositoryError
 from pullback_server.hosting.repository import Repository
 from pullback_server.job import Signature
 from pullback_server.registry import Curator, Registry, StateDir, UploadStore, Versions
-from pullback_server.rpc import Access, Front, FrontOptions, KeyFileError, read_keys
+from pullback_server.rpc import (
+    Access,
+    CertificateError,
+    Certificates,
+    Front,
+    FrontOptions,
+    PrincipalsError,
+    Probes,
+    TlsFiles,
+)
 from pullback_server.scheduling import Limits, Policy, Scheduler, Tally
-from pullback_server.telemetry import Endpoint, Metrics, Vitals
+from pullback_server.telemetry import Devices, Endpoint, Metrics, Status, Vitals
+from pullback_server.telemetry.tracing import Tracing, TracingError
 from pullback_wire.malloc import pin_malloc
 
 logger = logging.getLogger(__name__)
@@ -41,12 +52,18 @@ class App:
             memory_bytes=config.worker_memory_bytes,
             float32_precision=config.float32_precision,
             gate=config.gate,
+            log_format=config.log_format,
+            log_level=config.log_level,
+            gradient_health=config.gradient_health,
             empty=config.repository is not None,
         )
         self._metrics = Metrics()
         self._vitals = Vitals()
+        self._status = Status(self._metrics, self._vitals) if config.page else None
         self._endpoint: Endpoint | None = None
+        self._probes = Probes()
         self._front: Front | None = None
+        self._tracing: Tracing | None = None
         self._state: StateDir | None = None
         self._uploads: UploadStore | None = None
         self._curator: Curator | None = None
@@ -56,6 +73,11 @@ class App:
     def port(self) -> int:
         """The gRPC port, once started."""
         return self._front.port if self._front else 0
+
+    @property
+    def health_port(self) -> int:
+        """The port for probes alone, once started; 0: there is none."""
+        return self._probes.port
 
     @property
     def metrics_port(self) -> int:
@@ -71,12 +93,25 @@ class App:
         config = self._config
         try:
             self._beating = asyncio.create_task(self._beat())
-            self._endpoint = Endpoint(config.host, config.metrics_port, self._metrics.registry, self._vitals)
+            access, certificates = _secured(config, self._metrics)
+            self._endpoint = Endpoint(
+                config.host,
+                config.metrics_port,
+                self._metrics.registry,
+                self._vitals,
+                status=self._status,
+                admit=access.admit_metrics,
+                tls=certificates.context() if certificates is not None and config.metrics_tls else None,
+            )
             self._vitals.reason = "loading models"
-            access = _keys(config)
+            await self._probes.start(config.host, config.health_port)
+            self._tracing = _tracing(config)
             await self._fleet.start()
             scheduler = Scheduler(self._fleet, _policy(config), _Tally(self._metrics))
             curator = self._curator = self._made_curator(scheduler)
+            devices = Devices(lambda: self._fleet.workers)
+            if self._status is not None:
+                self._status.watch(self._fleet, scheduler, curator.table, devices.read)
             await curator.begin(config.load_model, strict=config.exit_on_error)
             self._metrics.watch(
                 queued=lambda: scheduler.queued,
@@ -87,20 +122,39 @@ class App:
                 workers=lambda: Counter(worker.state.value for worker in self._fleet.workers),
                 sessions=lambda: sum(len(worker.seats) for worker in self._fleet.workers),
                 handles=lambda: sum(seat.live for worker in self._fleet.workers for seat in list(worker.seats)),
+                graphs=lambda: sum(seat.graphs for worker in self._fleet.workers for seat in list(worker.seats)),
                 retained=lambda: sum(seat.retained for worker in self._fleet.workers for seat in list(worker.seats)),
                 versions=curator.table.counts,
+                devices=devices.read,
             )
             options = FrontOptions(
                 host=config.host,
                 port=config.port,
                 max_message_bytes=config.max_message_bytes,
+                max_metadata_bytes=config.max_metadata_bytes,
+                max_connections=config.max_connections,
+                max_connection_streams=config.max_connection_streams,
+                max_connection_age_seconds=config.max_connection_age_seconds,
                 max_cotangents=config.max_cotangents,
                 max_call_seconds=config.max_call_seconds,
                 session_bytes=config.session_bytes,
                 session_idle_seconds=config.session_idle_seconds,
                 session_heartbeat_seconds=config.session_heartbeat_seconds,
+                access_log=config.access_log,
+                reflection=config.reflection,
             )
-            self._front = Front(options, self._fleet, scheduler, curator, self._uploads, access, self._metrics)
+            self._front = Front(
+                options,
+                self._fleet,
+                scheduler,
+                curator,
+                self._uploads,
+                access,
+                self._metrics,
+                self._probes,
+                self._tracing,
+                certificates,
+            )
             await self._front.start()
         except BaseException:
             await self.stop(0)
@@ -108,8 +162,27 @@ class App:
         self._vitals.ready = True
         self._tell()
 
-    async def stop(self, grace: float) -> None:
-        """Stops serving: probes first, then calls within `grace` seconds, then workers."""
+    async def shut_down(self, drain: float, grace: float) -> None:
+        """Ends without a call lost: for `drain` seconds health and probes already say that calls should go elsewhere
+        while they are still answered; then the port closes, and calls under way have `grace` seconds to end.
+
+        Sessions are told at the beginning how long they have.
+        """
+        self._vitals.ready = False
+        self._vitals.reason = "draining"
+        self._metrics.draining.set(1)
+        if self._curator is not None:
+            self._curator.stop()
+        if self._front is not None:
+            await self._front.drain(drain + grace)
+        await asyncio.sleep(drain)
+        await self.stop(grace)
+
+    async def stop(self, grace: float, *, at_once: bool = False) -> None:
+        """Stops serving: calls have `grace` seconds to end, then come the workers.
+
+        at_once: kills workers instead of asking them. May be called again when it was cancelled.
+        """
         self._vitals.ready = False
         self._vitals.reason = "stopping"
         if self._curator is not None:
@@ -118,13 +191,20 @@ class App:
             await self._front.stop(grace)
         if self._curator is not None:
             await self._curator.close()
-        await self._fleet.close(grace=5.0)
-        for folder in (self._uploads, self._state):
+        await self._fleet.close(grace=0.0 if at_once else 5.0)
+        await self._probes.close()
+        tracing, self._tracing = self._tracing, None
+        if tracing is not None:
+            # Sends the last spans.
+            await asyncio.to_thread(tracing.close)
+        folders, self._uploads, self._state = (self._uploads, self._state), None, None
+        for folder in folders:
             if folder is not None:
                 await asyncio.to_thread(folder.close)
-        if self._endpoint is not None:
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
             # Waits for the thread that serves; a scrape under way may take a moment.
-            await asyncio.to_thread(self._endpoint.close)
+            await asyncio.to_thread(endpoint.close)
         if self._beating is not None:
             self._beating.cancel()
             await asyncio.wait([self._beating])
@@ -162,6 +242,8 @@ class App:
     async def _beat(self) -> None:
         while True:
             self._vitals.beat()
+            if self._status is not None:
+                self._status.beat()
             if self._curator is not None:
                 self._curator.table.refresh()
             await asyncio.sleep(1.0)
@@ -170,16 +252,55 @@ class App:
         for versions in self._fleet.signatures.values():
             for signature in versions.values():
                 logger.info("serving %s", _sentence(signature))
-        logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics, workers: %s",
-                    self._config.host, self.port, self._config.host, self.metrics_port,
+        if self.health_port:
+            logger.info("probes alone on %s:%d", self._config.host, self.health_port)
+        logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics, workers: %s",
+                    self._config.host, self.port,
+                    "https" if self._config.metrics_tls else "http", self._config.host, self.metrics_port,
                     ", ".join(worker.name for worker in self._fleet.workers))  # fmt: skip
 
 
-def _keys(config: Config) -> Access:
+def _secured(config: Config, metrics: Metrics) -> tuple[Access, Certificates | None]:
+    """Who may come in, and TLS. Raises StartError."""
+    files = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        files = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    elif config.tls_cert is not None or config.tls_key is not None:
+        raise StartError("--tls-cert and --tls-key belong together: give both or neither")
+    elif config.tls_client_ca is not None or config.metrics_tls:
+        option = "--metrics-tls" if config.metrics_tls else "--tls-client-ca"
+        raise StartError(f"{option} is of no use without --tls-cert and --tls-key")
+    if files is None and not config.insecure and not _loopback(config.host):
+        raise StartError(
+            f"--host {config.host} can be reached by others, who could read and change what is sent, for there is no "
+            "TLS: give --tls-cert and --tls-key, or --insecure where something else protects it, or --host 127.0.0.1"
+        )
+    if config.principals is not None and not config.metrics_tls and not _loopback(config.host):
+        logger.warning("tokens that come to the metrics port come in plain text (see --metrics-tls)")
+    try:
+        access = Access(config.principals, metrics)
+        return access, None if files is None else Certificates(files, metrics.certificate_expiry.set)
+    except (PrincipalsError, CertificateError) as error:
+        raise StartError(str(error)) from error
+
+
+def _loopback(host: str) -> bool:
+    """Whether an address to listen on cannot be reached from other machines. Of names, only localhost is."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _tracing(config: Config) -> Tracing | None:
     """Raises StartError."""
     try:
-        return read_keys(config.principals)
-    except KeyFileError as error:
+        return Tracing() if config.tracing else None
+    except TracingError as error:
         raise StartError(str(error)) from error
 
 

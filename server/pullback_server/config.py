@@ -1,11 +1,47 @@
-"""What an operator can set. One declaration gives the flags, their environment twins, and their help."""
+"""What an operator can set. One declaration gives flags, their environment twins, the keys of a file, and the help."""
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+
+class ConfigFileError(Exception):
+    """A file of options that cannot be read; the message names it and what is wrong."""
+
+
+class ConfigFile(PydanticBaseSettingsSource):
+    """The file that a flag or the environment names, which hence come before it."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not asked for: the file is read as a whole."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """Raises ConfigFileError."""
+        path = self.current_state.get("config")
+        if not path:
+            return {}
+        try:
+            found = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise ConfigFileError(f"config {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigFileError(f"config {path}: {error}") from error
+        if "config" in found:
+            raise ConfigFileError(f"config {path}: 'config' cannot name another file")
+        return found
 
 
 class Config(BaseSettings):
@@ -18,11 +54,17 @@ class Config(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_show_env_vars=True,
         extra="forbid",
     )
 
+    config: str | None = Field(
+        None,
+        description="TOML file of these options, named as here with underscores; flags and the environment come first",
+    )
+
     models: CliPositionalArg[Annotated[list[str], NoDecode]] = Field(
-        default_factory=list,
+        [],
         description="Python files (models.py) or importable modules (package.models) that register models; "
         "in the environment separated by commas",
     )
@@ -43,11 +85,9 @@ class Config(BaseSettings):
         description="for how long a version's files must have been the same before it is loaded, in mode poll",
     )
     repository_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON: options of fsspec for the repository, e.g. of s3fs"
+        {}, description="JSON: options of fsspec for the repository, e.g. of s3fs"
     )
-    load_model: list[str] = Field(
-        default_factory=list, description="in mode explicit: a model, or MODEL:VERSION, to load at the start"
-    )
+    load_model: list[str] = Field([], description="in mode explicit: a model, or MODEL:VERSION, to load at the start")
     exit_on_error: bool = Field(True, description="do not start when a model of the repository cannot be loaded")
     state_dir: str | None = Field(
         None, description="folder for copies of what is loaded [default: the system's folder for temporary files]"
@@ -113,7 +153,7 @@ class Config(BaseSettings):
         None, gt=0, description="longest a call may wait for a worker [default: until its deadline]"
     )
     caller_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict,
+        {},
         description="shares of the workers' time by caller (metadata pullback-caller), 1 for those not named; "
         "JSON, or caller=weight",
     )
@@ -173,3 +213,15 @@ class Config(BaseSettings):
     def _split(cls, value: object) -> object:
         # The command line joins several with commas on their way here.
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What comes first wins; flags stand before all of these."""
+        return init_settings, env_settings, ConfigFile(settings_cls)

@@ -30,6 +30,8 @@ class Fault(Exception):
 
 #: More names than this would drown the sentence.
 _LISTED = 12
+#: A longer name is like none that there is, and to compare it would take long.
+_LONGEST = 256
 
 
 def listed(names: Iterable[str]) -> str:
@@ -42,6 +44,8 @@ def listed(names: Iterable[str]) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a "no such name" sentence: the nearest known names, else what names there are."""
     names = list(known)
+    if len(name) > _LONGEST:
+        return f"known: {listed(names)}"
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     close += [found for found in names if name and name in found and found not in close][:3]
     if close:

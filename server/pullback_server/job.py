@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-Kind = Literal["evaluate", "vjp", "jvp", "hvp", "jacobian", "hessian"]
+#: "graph": no derivative, but the model's autograd graph, on a sample that the worker makes.
+Kind = Literal["evaluate", "vjp", "jvp", "hvp", "jacobian", "hessian", "graph"]
 Place = Literal["input", "param", "target"]
 
 
@@ -74,6 +75,8 @@ class Job(msgspec.Struct, array_like=True, tag="job"):
     copy_inputs: bool = False
     #: Look for the operation that first makes NaN or infinity of finite numbers, and fail with its name.
     detect_anomaly: bool = False
+    #: Nodes of a graph at most.
+    max_nodes: int = 0
 
 
 class Health(msgspec.Struct, array_like=True, frozen=True):
@@ -91,6 +94,27 @@ class Health(msgspec.Struct, array_like=True, frozen=True):
     gradient_infs: int = 0
     output_nans: int = 0
     output_infs: int = 0
+
+
+class GraphNode(msgspec.Struct, array_like=True, frozen=True):
+    """A node of an autograd graph; fields as in the contract's, whose id is its place in the list.
+
+    kind: "input", "parameter", "operation" or "output".
+    """
+
+    kind: str
+    name: str
+    module: str
+    dtype: int
+    shape: tuple[int, ...]
+
+
+class GraphRecord(msgspec.Struct, array_like=True):
+    """A model's autograd graph. edges: from where to where, by place in `nodes`. truncated: there are more nodes."""
+
+    nodes: list[GraphNode]
+    edges: list[tuple[int, int]]
+    truncated: bool
 
 
 class GradRef(msgspec.Struct, array_like=True, frozen=True):
@@ -126,6 +150,7 @@ class Outcome(msgspec.Struct, array_like=True, tag="outcome"):
     splits: int = 0
     #: None: it was not looked at.
     health: Health | None = None
+    graph: GraphRecord | None = None
 
 
 class Batch(msgspec.Struct, array_like=True, tag="batch"):
@@ -184,6 +209,7 @@ class BatchOutcome(msgspec.Struct, array_like=True, tag="batch_outcome"):
     refused: str = ""
     splits: int = 0
     timings: dict[str, float] = {}
+    device_memory: int = 0
 
 
 class SpecRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -245,6 +271,14 @@ class CheckRecord(msgspec.Struct, array_like=True, frozen=True):
     detail: str = ""
 
 
+class HealthRecord(msgspec.Struct, array_like=True, frozen=True):
+    """Whether the health of a model's numbers is looked at; norms of gradients that are too small or large for it."""
+
+    enabled: bool = True
+    vanishing_below: float | None = None
+    exploding_above: float | None = None
+
+
 class Signature(msgspec.Struct, array_like=True):
     """What a worker tells of a model it holds.
 
@@ -279,6 +313,7 @@ class Signature(msgspec.Struct, array_like=True):
     memory: int = 0
     #: Seconds of one VJP of the sample that it was probed with; 0: it was not probed.
     gradient_seconds: float = 0.0
+    health: HealthRecord = HealthRecord()
 
     @property
     def id(self) -> str:

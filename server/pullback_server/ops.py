@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from pullback_server.job import FaultRecord, LossCall, TensorRef
+from pullback_server.job import FaultRecord, Health, HealthRecord, LossCall, TensorRef
 
 
 class Operand(msgspec.Struct, array_like=True, frozen=True):
@@ -30,6 +30,7 @@ class Model(msgspec.Struct, array_like=True, frozen=True, tag="model"):
     loss: LossCall | None
     train: bool
     seed: int | None
+    detect_anomaly: bool = False
 
 
 class Loss(msgspec.Struct, array_like=True, frozen=True, tag="loss"):
@@ -87,6 +88,7 @@ class Grad(msgspec.Struct, array_like=True, tag="grad"):
     batched: bool
     fetch: list[int]
     fetch_below: int
+    detect_anomaly: bool = False
 
 
 class Get(msgspec.Struct, array_like=True, tag="get"):
@@ -141,7 +143,12 @@ class HandleRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SessionOutcome(msgspec.Struct, array_like=True, tag="session"):
-    """What an op came to, and what the session holds after it: live handles and retained bytes."""
+    """What an op came to, and what the session holds after it: live handles and retained bytes.
+
+    graphs: handles with a graph behind them.
+    model: what was called, or the one hosted model that the graph of a Grad went through; "": none, or several.
+    limits: that model's thresholds.
+    """
 
     handles: list[HandleRecord]
     live: int
@@ -149,3 +156,8 @@ class SessionOutcome(msgspec.Struct, array_like=True, tag="session"):
     #: Seconds by stage, as in job.Outcome.
     timings: dict[str, float] = {}
     device_memory: int = 0
+    graphs: int = 0
+    model: str = ""
+    limits: HealthRecord | None = None
+    #: None: it was not looked at, or nothing was computed by a model.
+    health: Health | None = None

@@ -23,10 +23,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.serving import Served, command
+from tests.serving import EVERYBODY, Served, command
 
 import pullback as pb
-from pullback_server.rpc.access import new_key
+from pullback_server.rpc import new_key
 from pullback_wire import MODEL_METHODS, TensorWriter, decode, encode_message
 from pullback_wire.v1 import gradient_service_pb2, model_service_pb2
 
@@ -349,10 +349,11 @@ def test_a_malicious_file_in_the_path_of_uploads_runs_nothing(tmp_path: Path) ->
         (place / "weights.safetensors").write_bytes(data)
         record = {"architecture": "1", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "uploaded": ""}
         (place / "upload.json").write_text(json.dumps(record))
-    made = subprocess.run(command("key", "test"), capture_output=True, text=True, check=True)
-    (tmp_path / "keys.toml").write_text(made.stdout)
+    making = command("key", "test", "--rights", "call,admin,upload")
+    made = subprocess.run(making, capture_output=True, text=True, check=True)
+    (tmp_path / "keys.toml").write_text(made.stdout + EVERYBODY)
     watched = Watched(
-        tmp_path, "--uploads", str(uploads), "--admin-keys", str(tmp_path / "keys.toml"), "--no-exit-on-error"
+        tmp_path, "--uploads", str(uploads), "--principals", str(tmp_path / "keys.toml"), "--no-exit-on-error"
     )
     put(watched.root, "scale", 1, 1.0)
     watched.start()
@@ -361,7 +362,7 @@ def test_a_malicious_file_in_the_path_of_uploads_runs_nothing(tmp_path: Path) ->
             status = watched.status(number)
             assert status is not None
             assert status.state == model_service_pb2.MODEL_STATE_FAILED
-        with pb.connect(watched.served.target, key=made.stderr.split()[-1]) as client:
+        with pb.connect(watched.served.target, token=made.stderr.split()[-1]) as client:
             for number, data in enumerate(evil.values(), 10):
                 with pytest.raises(pb.errors.BadUpload, match="no safetensors file"):
                     client.upload_weights("scale", data, number)
@@ -372,8 +373,8 @@ def test_a_malicious_file_in_the_path_of_uploads_runs_nothing(tmp_path: Path) ->
 
 
 def test_a_server_that_stops_waits_for_no_load_and_no_upload(tmp_path: Path) -> None:
-    key, entry = new_key("all", ["load", "upload"], ["*"])
-    (tmp_path / "keys.toml").write_text(entry)
+    key, entry = new_key("all", ["call", "admin", "upload"], ["*"])
+    (tmp_path / "keys.toml").write_text(entry + EVERYBODY)
     root = tmp_path / "repository"
     put(root, "scale", 1, 1.0)
     put(root, "slow", 1, 1.0)
@@ -381,7 +382,7 @@ def test_a_server_that_stops_waits_for_no_load_and_no_upload(tmp_path: Path) -> 
     (root / "slow" / "model.py").write_text(slow)
     served = Served(
         tmp_path, "--repository", str(root), "--repository-mode", "explicit", "--load-model", "scale",
-        "--uploads", str(tmp_path / "uploads"), "--admin-keys", "keys.toml",
+        "--uploads", str(tmp_path / "uploads"), "--principals", "keys.toml",
     )  # fmt: skip
     try:
         metadata = (("authorization", f"Bearer {key}"),)
@@ -419,12 +420,12 @@ def test_a_server_that_stops_waits_for_no_load_and_no_upload(tmp_path: Path) -> 
 
 
 def test_uploads_that_are_cancelled_give_their_room_back(tmp_path: Path) -> None:
-    key, entry = new_key("all", ["upload"], ["*"])
-    (tmp_path / "keys.toml").write_text(entry)
+    key, entry = new_key("all", ["call", "upload"], ["*"])
+    (tmp_path / "keys.toml").write_text(entry + EVERYBODY)
     root = tmp_path / "repository"
     put(root, "scale", 1, 1.0)
     served = Served(
-        tmp_path, "--repository", str(root), "--uploads", str(tmp_path / "uploads"), "--admin-keys", "keys.toml",
+        tmp_path, "--repository", str(root), "--uploads", str(tmp_path / "uploads"), "--principals", "keys.toml",
         "--max-uploads-bytes", "1000000",
     )  # fmt: skip
     try:
@@ -437,7 +438,7 @@ def test_uploads_that_are_cancelled_give_their_room_back(tmp_path: Path) -> None
             time.sleep(at % 10 / 2000)
             call.cancel()
         until(lambda: not [*(tmp_path / "uploads" / ".incoming").iterdir()], "nothing is left")
-        with pb.connect(served.target, key=key) as client:
+        with pb.connect(served.target, token=key) as client:
             data = {"a": np.array(2.0), "big": np.zeros(1, np.float32)}
             assert client.upload_weights("scale", data, 2).state == "ready"
     finally:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
-from tests.serving import Served
+from tests.serving import EVERYBODY, Served
 
 import pullback as pb
 from pullback import errors
 from pullback._admin import _UPLOAD
 from pullback._cli import main
-from pullback_server.rpc.access import new_key
+from pullback_server.rpc import new_key
 from pullback_wire.v1 import model_service_pb2 as wire
 
 X = np.array([[1.0, -2.0, 3.0]])
@@ -93,21 +93,21 @@ class Rig:
         self.keys: dict[str, str] = {}
         entries = []
         for name, rights, models in (
-            ("all", ["load", "upload"], ["*"]),
-            ("loader", ["load"], ["*"]),
-            ("uploader", ["upload"], ["*"]),
-            ("elsewhere", ["load", "upload"], ["other-*"]),
+            ("all", ["call", "session", "admin", "upload"], ["*"]),
+            ("loader", ["call", "admin"], ["*"]),
+            ("uploader", ["call", "upload"], ["*"]),
+            ("elsewhere", ["admin", "upload"], ["other-*"]),
         ):
             self.keys[name], entry = new_key(name, rights, models)
             entries.append(entry)
-        (folder / "keys.toml").write_text("\n".join(entries))
+        (folder / "keys.toml").write_text("\n".join([*entries, EVERYBODY]))
         self.put("scale", SCALE, MANIFEST, 1, 2)
         self.put("slow", SLOW, "", 1)
         self.put("broken", BROKEN, "", 1)
         (folder / "started.py").write_text(STARTED)
         self.served = Served(
             folder, "started.py", "--repository", "repository", "--repository-mode", "explicit", "--load-model",
-            "scale:1", "--load-model", "broken", "--no-exit-on-error", "--uploads", "uploads", "--admin-keys",
+            "scale:1", "--load-model", "broken", "--no-exit-on-error", "--uploads", "uploads", "--principals",
             "keys.toml", "--max-upload-bytes", "3000000",
         )  # fmt: skip
         self.target = self.served.target
@@ -124,7 +124,7 @@ class Rig:
                 save_file(weights(float(number)), root / str(number) / "weights.safetensors")
 
     def connect(self, key: str, **settings: Any) -> pb.Client:
-        return pb.connect(self.target, key=self.keys.get(key, key), **settings)
+        return pb.connect(self.target, token=self.keys.get(key, key), **settings)
 
     def left(self) -> list[str]:
         """What lies in the uploads folder, finished or not."""
@@ -177,9 +177,9 @@ ADMIN: dict[str, Callable[[pb.Client], Any]] = {
 
 class TestKeys:
     @pytest.mark.parametrize("call", ADMIN.values(), ids=ADMIN)
-    @pytest.mark.parametrize("key", ["", "not-a-key"])
-    def test_no_key_and_an_unknown_one(self, rig: Rig, call: Callable[[pb.Client], Any], key: str) -> None:
-        with rig.connect(key) as client, pytest.raises(errors.Unauthenticated, match="needs a key") as caught:
+    @pytest.mark.parametrize(("key", "told"), [("", "needs the right"), ("not-a-key", "does not know the token")])
+    def test_no_key_and_an_unknown_one(self, rig: Rig, call: Callable[[pb.Client], Any], key: str, told: str) -> None:
+        with rig.connect(key) as client, pytest.raises(errors.Unauthenticated, match=told) as caught:
             call(client)
         assert isinstance(caught.value, PermissionError)
         assert caught.value.reason == "UNAUTHENTICATED"
@@ -190,17 +190,21 @@ class TestKeys:
         [("loader", "upload"), ("uploader", "load"), ("uploader", "unload"), *(("elsewhere", name) for name in ADMIN)],
     )
     def test_a_key_without_the_right(self, rig: Rig, key: str, name: str) -> None:
-        with rig.connect(key) as client, pytest.raises(errors.PermissionDenied, match=rf"key '{key}' does not") as got:
+        with (
+            rig.connect(key) as client,
+            pytest.raises(errors.PermissionDenied, match=rf"principal '{key}' has n") as got,
+        ):
             ADMIN[name](client)
         assert got.value.reason == "PERMISSION_DENIED"
         assert "1" in _versions(rig.client)
         assert rig.left() == []
 
-    def test_reading_needs_no_key_and_a_wrong_one_does_no_harm(self, rig: Rig) -> None:
-        for key in ("", "not-a-key"):
-            with rig.connect(key) as client:
-                assert client.models()
-                assert factor(client.model("scale", 1)) == 1.0
+    def test_what_nobody_may_needs_no_key_but_a_wrong_one_is_told(self, rig: Rig) -> None:
+        with rig.connect("") as client:
+            assert client.models()
+            assert factor(client.model("scale", 1)) == 1.0
+        with rig.connect("not-a-key") as client, pytest.raises(errors.Unauthenticated):
+            client.models()
 
     def test_keys_are_not_logged(self, rig: Rig) -> None:
         log = rig.served.log.read_text()
@@ -208,9 +212,9 @@ class TestKeys:
 
 
 def test_administrative_calls_are_off_by_default(zoo: str) -> None:
-    with pb.connect(zoo, key="any") as client:
+    with pb.connect(zoo, token="any") as client:
         for call in ADMIN.values():
-            with pytest.raises(errors.AdminDisabled, match="--admin-keys"):
+            with pytest.raises(errors.AdminDisabled, match="--principals"):
                 call(client)
 
 
@@ -558,13 +562,13 @@ class TestUploads:
             pytest.skip("no mount here")
         if done.returncode:
             pytest.skip("mounting is not permitted here")
-        key, entry = new_key("k", ["upload"], ["*"])
-        (tmp_path / "keys.toml").write_text(entry)
+        key, entry = new_key("k", ["call", "upload"], ["*"])
+        (tmp_path / "keys.toml").write_text(entry + EVERYBODY)
         (tmp_path / "started.py").write_text(SCALE)
         try:
-            served = Served(tmp_path, "started.py", "--uploads", str(small), "--admin-keys", "keys.toml")
+            served = Served(tmp_path, "started.py", "--uploads", str(small), "--principals", "keys.toml")
             try:
-                with pb.connect(served.target, key=key) as client:
+                with pb.connect(served.target, token=key) as client:
                     with pytest.raises(errors.StorageFull, match="no room for") as caught:
                         client.upload_weights("scale", weights(1.0), 2)
                     assert isinstance(caught.value, OSError) and isinstance(caught.value, RuntimeError)
@@ -579,7 +583,7 @@ class TestUploads:
 
 class TestCommand:
     def test_load_describe_unload(self, rig: Rig, client: pb.Client, capsys: pytest.CaptureFixture[str]) -> None:
-        where = ["--target", rig.target, "--key", rig.keys["loader"]]
+        where = ["--target", rig.target, "--token", rig.keys["loader"]]
         assert main(["load", "scale", "--version", "2", *where]) == 0
         assert capsys.readouterr().out.startswith("scale version 2 revision ")
         assert main(["describe", "scale", *where]) == 0
@@ -599,7 +603,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setenv("PULLBACK_KEY", rig.keys["uploader"])
+        monkeypatch.setenv("PULLBACK_TOKEN", rig.keys["uploader"])
         file = tmp_path / "w.safetensors"
         save_file(weights(6.0), file)
         arguments = ["upload", "scale", str(file), "--version", "60", "--architecture-version", "1"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tests.serving import Served
+from tests.serving import EVERYBODY, Served
 
 import pullback as pb
 from pullback_server.rpc import new_key
@@ -50,13 +50,13 @@ class Rig:
         self.folder = folder
         self.root = folder / "repository"
         self.write("square")
-        key, entry = new_key("test", ["load"], ["*"])
-        (folder / "keys.toml").write_text(entry)
+        key, entry = new_key("test", ["call", "session", "admin"], ["*"])
+        (folder / "keys.toml").write_text(entry + EVERYBODY)
         self.served = Served(
             folder, "--repository", str(self.root), "--repository-mode", "explicit", "--load-model", "square",
-            "--admin-keys", str(folder / "keys.toml"), *flags,
+            "--principals", str(folder / "keys.toml"), *flags,
         )  # fmt: skip
-        self.client = pb.connect(self.served.target, key=key, timeout=60)
+        self.client = pb.connect(self.served.target, token=key, timeout=60)
 
     def write(self, name: str, *, top: str = "", forward: str = "pass", made: str = "pass") -> None:
         place = self.root / name / "1"

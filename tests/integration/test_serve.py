@@ -71,7 +71,7 @@ def test_probes_and_metrics(served: Served) -> None:
     unknown = 'pullback_requests_total{code="NOT_FOUND",method="ComputeVjp",model=""}'
     assert value(after, unknown) == value(before, unknown) + 1
     assert "no such model" not in after
-    for stage in ("queue", "transfer", "compute"):
+    for stage in ("decode", "queue", "transfer", "forward", "backward", "encode"):
         line = f'pullback_stage_duration_seconds_count{{model="square",stage="{stage}"}}'
         assert value(after, line) == value(before, line) + 1
     assert value(after, 'pullback_requests_in_flight{method="ComputeVjp"}') == 0

@@ -32,7 +32,7 @@ def fake() -> Iterator[Fake]:
 
 @pytest.fixture
 def client(fake: Fake) -> Iterator[pb.Client]:
-    with pb.connect(fake.target, retry=QUICK, key="secret-key") as client:
+    with pb.connect(fake.target, retry=QUICK, token="secret-key") as client:
         yield client
 
 
@@ -52,9 +52,9 @@ class TestKeys:
         assert "secret" not in "".join(map(repr, (client, client._transport.address, model, vars(client))))
 
     def test_it_comes_from_the_environment(self, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PULLBACK_KEY", "from-outside\n")
+        monkeypatch.setenv("PULLBACK_TOKEN", "from-outside\n")
         for settings, sent in (
-            ({}, "Bearer from-outside"), ({"key": "mine"}, "Bearer mine"), ({"key": ""}, None),
+            ({}, "Bearer from-outside"), ({"token": "mine"}, "Bearer mine"), ({"token": ""}, None),
             ({"metadata": {"authorization": "Basic x"}}, "Basic x"),
         ):  # fmt: skip
             with pb.connect(fake.target, **settings) as client:
@@ -63,18 +63,18 @@ class TestKeys:
 
     def test_it_is_never_sent_in_plain_text_to_another_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"example:8470 would get it in plain text; give tls=") as caught:
-            pb.connect("example:8470", key="secret-key")
+            pb.connect("example:8470", token="secret-key")
         assert "secret" not in str(caught.value)
-        pb.connect("example:8470", key="secret-key", tls=pb.TLS()).close()
+        pb.connect("example:8470", token="secret-key", tls=pb.TLS()).close()
         pb.connect("example:8470", metadata={"authorization": "Bearer secret-key"}).close()
         for target in ("localhost:1", "127.0.0.1:1", "unix:/run/x", "dns:///localhost:1"):
-            pb.connect(target, key="secret-key").close()
-        monkeypatch.setenv("PULLBACK_KEY", "secret-key")
-        with pytest.raises(ValueError, match="PULLBACK_KEY"):
+            pb.connect(target, token="secret-key").close()
+        monkeypatch.setenv("PULLBACK_TOKEN", "secret-key")
+        with pytest.raises(ValueError, match="PULLBACK_TOKEN"):
             pb.connect("example:8470")
-        pb.connect("example:8470", key="").close()
+        pb.connect("example:8470", token="").close()
 
-    @pytest.mark.parametrize("settings", [{"key": "snow☃"}, {"key": "a", "metadata": {"Authorization": "b"}}])
+    @pytest.mark.parametrize("settings", [{"token": "snow☃"}, {"token": "a", "metadata": {"Authorization": "b"}}])
     def test_what_cannot_be(self, settings: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="authorization"):
             pb.connect("localhost:1", **settings)
@@ -281,7 +281,7 @@ class TestCommand:
         assert told["version_statuses"][0]["reason"] == "torn\nfile"
 
     def test_load_and_unload(self, fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["load", "square", "--target", fake.target, "--key", "k"]) == 0
+        assert main(["load", "square", "--target", fake.target, "--token", "k"]) == 0
         assert main(["unload", "square", "--version", "1", "--target", fake.target]) == 0
         assert capsys.readouterr().out == "square version 2 is ready\nsquare version 1 is unloaded\n"
         assert [seen.message.version for seen in fake.seen] == ["", "1"]

@@ -37,6 +37,14 @@ def test_targets(prefix: str) -> None:
     assert ("grpc.service_config" in options(prefix + fake.target)) == (prefix == "dns:///")
 
 
+def test_calls_are_spread_over_listed_addresses() -> None:
+    with serving(Fake()) as one, serving(Fake()) as two, pb.connect(f"ipv4:{one.target},{two.target}") as client:
+        model = client.model("square")
+        for _ in range(20):
+            np.testing.assert_array_equal(model.evaluate([2.0]), [4.0])
+        assert min(len(one.seen), len(two.seen)) >= 5
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost"])
 def test_a_proxy_is_not_asked_for_loopback(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -57,6 +65,9 @@ def test_a_proxy_is_not_asked_for_loopback(monkeypatch: pytest.MonkeyPatch, host
         ("127.1.2.3", True),
         ("[::1]:8470", True),
         ("ipv6:[::1]:8470", True),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("ipv4:127.0.0.1:1,10.0.0.1:2", False),
+        ("127.0.0.1:1,127.0.0.1:2", False),
         ("unix:/run/pullback", True),
         ("unix-abstract:name", True),
         ("dns:///localhost:8470", True),

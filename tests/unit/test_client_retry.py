@@ -18,6 +18,7 @@ X = np.array([2.0])
     "failure",
     [
         Failure(14),
+        Failure(1),
         Failure.of(Reason.NOT_READY),
         Failure.of(Reason.NOT_READY, retry_after=0.01),
         Failure.of(Reason.OVERLOADED, retry_after=0.01),
@@ -40,7 +41,8 @@ def test_what_is_tried_again(failure: Failure) -> None:
     "failure",
     [
         *(Failure.of(reason) for reason in Reason if reason is not Reason.NOT_READY),
-        *(Failure(code) for code in range(1, 17) if code != 14),
+        *(Failure(code) for code in range(2, 17) if code != 14),
+        Failure(1, reason="STOPPED", domain="pullback.v1"),
         Failure.of(Reason.WORKER_LOST, retry_after=0.01),
         Failure(4, retry_after=0.01),
     ],

@@ -3,9 +3,7 @@
 import re
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
-from pullback_server.telemetry import Metrics
+from pullback_server.telemetry import declared
 from pullback_wire import Reason
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -16,30 +14,15 @@ def test_error_table() -> None:
     assert rows == [(reason.value, reason.code.name) for reason in Reason]
 
 
-def declared(registry: CollectorRegistry) -> dict[str, str]:
-    """Name -> type, as a scrape shows it."""
-    return {family.name + ("_total" if family.type == "counter" else ""): family.type for family in registry.collect()}
-
-
 def test_metrics_table() -> None:
-    metrics = Metrics()
-    metrics.watch(
-        queued=lambda: 0,
-        oldest=lambda: 0,
-        bytes_in_flight=lambda: 0,
-        restarts=lambda: 0,
-        passed_over=lambda: 0,
-        workers=dict,
-        sessions=lambda: 0,
-        handles=lambda: 0,
-        retained=lambda: 0,
-        versions=dict,
-    )
     documented = {}
-    for names, kind in re.findall(r"^\| (`pullback_.+?`) \| (\w+) \|", README, re.MULTILINE):
+    for names, kind, labels in re.findall(r"^\| (`pullback_.+?`) \| (\w+) \|([^|]*)\|", README, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
-            documented[name] = kind
-    assert documented == declared(metrics.registry)
+            # In brackets there may be an explanation of any of them.
+            documented[name] = (kind, tuple(re.findall(r"\w+", re.sub(r"\(.*?\)", "", labels))))
+    assert documented == {
+        one.name: (one.kind, one.labels) for one in declared() if not one.name.startswith("process_")
+    }
 
 
 def test_client_methods_of_the_semantics_table_exist() -> None:

@@ -20,7 +20,6 @@ from pullback_server.hosting.repository import Repository
 from pullback_server.job import version_id
 from pullback_server.registry import Curator, Registry, StateDir, Table, UploadStore, Version, Versions, VersionState
 from pullback_server.registry.threads import to_end, to_end_or_undone
-from pullback_server.rpc.access import KeyFileError, new_key, read_keys
 from pullback_wire import Reason
 
 READY, FAILED = VersionState.READY, VersionState.FAILED
@@ -290,17 +289,3 @@ def test_folders_of_servers_that_are_no_more_go(tmp_path: Path) -> None:
     for one in (mine, *others):
         one.close()
     assert not [*tmp_path.glob("pullback-state-*")]
-
-
-def test_keys_that_say_nothing_or_too_much(tmp_path: Path) -> None:
-    _, entry = new_key("one", ["load"], ["*"])
-    file = tmp_path / "keys.toml"
-    file.write_text(entry + entry.replace('"one"', '"two"'))
-    with pytest.raises(KeyFileError, match="two keys have one sha256"):
-        read_keys(str(file))
-    with pytest.raises(ValueError, match="rights"):
-        new_key("none", [], ["*"])
-
-
-def test_a_new_key_can_follow_an_option() -> None:
-    assert not any(new_key("one", ["load"], ["*"])[0].startswith("-") for _ in range(500))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from pullback import errors
+from pullback._anomaly import is_anomaly_enabled
 from pullback._arrays import Array, as_array
 from pullback._current import session_now
 from pullback._frames import Operand
@@ -57,6 +58,9 @@ class RemoteModule(nn.Module):
     Works under torch.utils.checkpoint, in many threads, in forked processes, with is_grads_batched; torch.compile
     leaves it out of its graphs. Not inside torch.func transforms, and without forward mode. Copies and pickles; a copy
     sends its parameters anew, an unpickled one uses its client's own session.
+
+    Inside torch.autograd.detect_anomaly(), calls and backwards raise NonFinite where what the server would return is
+    NaN or infinite, naming the operation and the hosted module that made it.
 
     Raises, from calls and from their backward: PullbackError. OrderUnavailable for a derivative that the hosted model
     does not have: with create_graph it is raised by the backward, as a gradient without a graph would be wrong later.
@@ -227,7 +231,11 @@ class Call(Step):
             every.append(given[name].ref if parameter.requires_grad else None)
         model = self._remote.model
         pending = session.call(
-            function_pb2.Function(model=model.name, version=model.version),
+            function_pb2.Function(
+                model=model.name,
+                version=model.version,
+                detect_anomaly=torch.is_anomaly_enabled() or is_anomaly_enabled(),
+            ),
             inputs,
             parameters=parameters,
             train=self._train,

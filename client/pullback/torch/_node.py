@@ -20,6 +20,7 @@ import torch
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd.function import Function
 
+from pullback._anomaly import is_anomaly_enabled
 from pullback._arrays import as_array
 from pullback._frames import Keep, Operand
 from pullback._lineage import Ref
@@ -159,6 +160,7 @@ class Gradient(Step):
             create_graph=self.record,
             allow_unused=True,
             is_grads_batched=self._batched,
+            detect_anomaly=torch.is_anomaly_enabled() or is_anomaly_enabled(),
             fetch=True,
         )
         return self.take(pending, leaves, [tensors[index].device for index in self._wanted])

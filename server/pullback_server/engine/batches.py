@@ -16,7 +16,7 @@ from pullback_server.engine.call import Again, WritesInputs, out_of_memory, text
 from pullback_server.engine.closeness import differing, nudged
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.merged import Refused, detached, mergeable, together
-from pullback_server.engine.results import EngineResult, add_seconds
+from pullback_server.engine.results import EngineResult, add_seconds, share_out
 from pullback_server.faults import Fault
 from pullback_server.job import Batch, BatchRecord, Job
 from pullback_wire import Reason
@@ -42,6 +42,7 @@ class BatchResult:
     refused: str = ""
     splits: int = 0
     timings: dict[str, float] = field(default_factory=dict)
+    device_memory: int = 0
 
 
 class BatchRun:
@@ -119,9 +120,11 @@ class BatchRun:
             hosted = self._find()
             knew = hosted.writes_inputs
             timings: dict[str, float] = {}
+            begin = time.perf_counter()
             try:
                 found = together(jobs, hosted, tensors, timings)
                 self._settle()
+                share_out(timings, jobs[0].kind, time.perf_counter() - begin)
             except Again:
                 continue
             except WritesInputs:
@@ -134,6 +137,9 @@ class BatchRun:
                 short_of_memory = out_of_memory(error)
                 failure = f"{type(error).__name__}: {text_of(error)}"
             else:
+                for one in found:
+                    if isinstance(one, EngineResult) and one.signs is not None:
+                        one.outcome.health = one.signs.read()
                 self._found.update(zip(group, found, strict=True))
                 self._merged += len(group)
                 add_seconds(self._timings, timings)

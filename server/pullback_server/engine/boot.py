@@ -72,6 +72,13 @@ def device_memory(device: torch.device) -> int:
     return most
 
 
+def device_id(device: torch.device) -> str:
+    """The UUID of a CUDA device, by which others know it whatever they see of the machine; "" where there is none."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
 def limit_memory(device: torch.device, allowance: int | None) -> None:
     """Lets the process allocate so many bytes besides what it has; more fails where it is asked for. None: any.
 

@@ -16,6 +16,7 @@ from pullback_server.engine._names import unknown_name
 from pullback_server.engine.flatten import flatten
 from pullback_server.engine.guards import Randomness, Witness
 from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.places import in_loss, inside
 from pullback_server.engine.plan import Variant
 from pullback_server.engine.recomputing import Unrepeatable, repeatable
 from pullback_server.faults import Fault
@@ -252,9 +253,11 @@ class Call:
                 hosted.precision(),
                 repeatable() if hosted.recomputes else _AS_IT_IS,
                 witness.watching() if watch else _AS_IT_IS,
+                inside(hosted, hosted.code, (arguments, keywords, swaps)) as tell,
             ):
                 if variant is None:
                     result = hosted.code(*arguments, **keywords)
+                    tell(result)
                 else:
                     result = self._run_compiled(variant, arguments, keywords)
         except BaseException as error:
@@ -277,6 +280,8 @@ class Call:
         """The compiled code that can compute this call, for a forward with nothing in the module's place."""
         job, hosted = self.job, self.hosted
         if hosted.plans is None or job.kind not in ("evaluate", "vjp") or job.batched or job.train:
+            return None
+        if job.detect_anomaly:
             return None
         if self.copies or hosted.writes_buffers:
             return None
@@ -307,7 +312,10 @@ class Call:
         if self.loss is None:
             return outputs
         try:
-            return {"loss": self.loss.apply(outputs, targets, self.hosted.owner)}
+            with in_loss(self.hosted, self.loss.loss.name) as tell:
+                loss = self.loss.apply(outputs, targets, self.hosted.owner)
+                tell(loss)
+            return {"loss": loss}
         except Fault as fault:
             if fault.__cause__ is not None and out_of_memory(fault.__cause__):
                 raise fault.__cause__ from None

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from pullback_server.engine import dense, forward_mode, losses, reverse, second
+from pullback_server.engine import anomaly, dense, forward_mode, losses, reverse, second
 from pullback_server.engine._names import unknown_name
 from pullback_server.engine.attempt import attempt
 from pullback_server.engine.batches import BatchResult, BatchRun
 from pullback_server.engine.call import Again, Call, WritesInputs, out_of_memory, text_of
 from pullback_server.engine.gate import pass_gate, pass_rows
+from pullback_server.engine.graph import graph
 from pullback_server.engine.guards import Ambience
 from pullback_server.engine.hosted import HostedModel, build
 from pullback_server.engine.merged import Refused, mergeable, padded, together
 from pullback_server.engine.pieces import InOne, in_pieces, pieceable
 from pullback_server.engine.probe import probe
-from pullback_server.engine.results import EngineResult, Results
+from pullback_server.engine.results import EngineResult, Results, share_out
 from pullback_server.engine.verdicts import adopt, verdict_of
 from pullback_server.engine.warming import make_plan
 from pullback_server.faults import Fault, listed
 from pullback_server.hosting import Abilities, Registration
 from pullback_server.hosting.loading import LoadError
+from pullback_server.hosting.options import GradientHealth
 from pullback_server.job import Batch, Job, Signature, Verdict
 from pullback_wire import Reason
 from pullback_wire.malloc import trim_malloc
@@ -37,6 +42,7 @@ def _evaluate(call: Call, results: Results) -> EngineResult:
     # Not under no_grad: nothing requires grad here, and a model that differentiates inside finds what it would locally.
     fw = call.forward()
     results.check_size(fw.outputs, ())
+    results.examine(call.hosted, fw.outputs.values())
     results.add_outputs(fw.outputs)
     return results.finish()
 
@@ -53,6 +59,8 @@ _KINDS: dict[str, Callable[[Call, Results], EngineResult]] = {
 
 def compute(job: Job, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> EngineResult:
     """One attempt at a job. Raises Fault, WritesInputs, Again, and what torch raises when memory runs out."""
+    if job.kind == "graph":
+        return graph(job, hosted)
     most = hosted.registration.options.micro_batch
     if most is not None:
         with contextlib.suppress(InOne):
@@ -78,6 +86,11 @@ def _in_one(job: Job, hosted: HostedModel, tensors: Sequence[torch.Tensor]) -> E
         return found
 
     return attempt(job, hosted, lambda: Call(job, hosted, tensors), work)
+
+
+def _computed(hosted: HostedModel, most: int | None, job: Job, tensors: Sequence[torch.Tensor]) -> EngineResult:
+    """One attempt at a job, `most` rows at a time where memory ran out with more."""
+    return compute(job, hosted, tensors) if most is None else in_pieces(job, hosted, tensors, most, _in_one)
 
 
 def _fewer(job: Job, hosted: HostedModel, most: int | None) -> int:
@@ -108,12 +121,16 @@ def _latest(id: str) -> tuple[int, int]:
 
 
 class Engine:
-    """Runs jobs, one at a time."""
+    """Runs jobs, one at a time.
 
-    def __init__(self, device: torch.device) -> None:
+    gradient_health: whether the health of numbers is looked at, where a model does not say that it is not.
+    """
+
+    def __init__(self, device: torch.device, gradient_health: bool = True) -> None:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
+        self.gradient_health = gradient_health
         self._models: dict[str, dict[str, HostedModel]] = {}
 
     def load(self, registration: Registration, verdict: Verdict | None = None) -> Signature:
@@ -121,6 +138,9 @@ class Engine:
 
         Raises LoadError naming the model and the cause.
         """
+        if not self.gradient_health:
+            options = replace(registration.options, gradient_health=GradientHealth(enabled=False))
+            registration = replace(registration, options=options)
         with Ambience():
             hosted = build(registration, self.device)
             if verdict is None:
@@ -185,6 +205,7 @@ class Engine:
             limits=_limits(registration.abilities),
             memory=hosted.memory,
             gradient_seconds=hosted.gradient_seconds,
+            health=hosted.health,
         )
 
     def find(self, model: str, version: str) -> HostedModel:
@@ -220,11 +241,10 @@ class Engine:
         short_of_memory = self.device.type != "cuda"
         while attempts:
             hosted = self.find(job.model, job.version)
+            work = functools.partial(_computed, hosted, most)
+            begin = time.perf_counter()
             try:
-                if most is None:
-                    found = compute(job, hosted, tensors)
-                else:
-                    found = in_pieces(job, hosted, tensors, most, _in_one)
+                found = anomaly.watched(job, hosted, tensors, work) if job.detect_anomaly else work(job, tensors)
                 self._settle()
             except Again:
                 attempts -= 1
@@ -242,8 +262,11 @@ class Engine:
             except InOne:
                 raise self._does_not_fit(hosted, shortage) from None
             else:
-                found.outcome.device_memory = self._memory_in_use()
-                found.outcome.splits = splits
+                outcome = found.outcome
+                share_out(outcome.timings, job.kind, time.perf_counter() - begin)
+                outcome.health = None if found.signs is None else found.signs.read()
+                outcome.device_memory = self._memory_in_use()
+                outcome.splits = splits
                 return found
             # Outside the handler, whose exception would hold on to what is to be freed.
             self._tidy()
@@ -263,7 +286,7 @@ class Engine:
         found = BatchRun(
             batch, tensors, lambda: self.find(first.model, first.version), self.run, self._settle, self._tidy
         )()
-        memory = self._memory_in_use()
+        memory = found.device_memory = self._memory_in_use()
         for member in found.members:
             if isinstance(member, EngineResult):
                 member.outcome.device_memory = memory

@@ -66,6 +66,7 @@ def jacobian(call: Call, results: Results) -> EngineResult:
     }
     used = [next((b for b in column if b is not None), None) for column in zip(*found.values(), strict=True)]
     check_unused(call, used)
+    results.examine(call.hosted, fw.outputs.values(), others=[block for blocks in found.values() for block in blocks])
     results.outcome.blocks = [
         BlockRef(name, wrt.label, None if block is None else results.add(name, block))
         for name, blocks in found.items()
@@ -129,12 +130,14 @@ def hessian(call: Call, results: Results) -> EngineResult:
     outcome = results.outcome
     used = [index for index, gradient in enumerate(found) if gradient is not None]
     stands = [fw.wrt[index] for index in used]
+    seconds: list[torch.Tensor | None] = []
     for index, gradient in enumerate(found):
         row = job.wrt[index].label
         outcome.gradients.append(results.grad(row, gradient))
         blocks: dict[int, torch.Tensor | None] = {}
         if gradient is not None and gradient.requires_grad:
             blocks = dict(zip(used, full(call, gradient, stands, 2), strict=True))
+            seconds += blocks.values()
         for other, stand in enumerate(fw.wrt):
             block = blocks.get(other)
             if block is None and gradient is not None and other in used:
@@ -142,6 +145,7 @@ def hessian(call: Call, results: Results) -> EngineResult:
                 block = stand.new_zeros((*gradient.shape, *stand.shape))
             name = job.wrt[other].label
             outcome.blocks.append(BlockRef(row, name, None if block is None else results.add(row, block)))
+    results.examine(call.hosted, fw.outputs.values(), found, seconds)
     results.add_outputs(fw.outputs)
     call.timings["backward"] = time.perf_counter() - begin
     return results.finish()

@@ -22,6 +22,7 @@ def jvp(call: Call, results: Results) -> EngineResult:
     moved = movement(call)
     begin = time.perf_counter()
     outputs, pushed = push(call, moved, results.check_size)
+    results.examine(call.hosted, outputs.values(), others=pushed.values())
     finish_jvp(results, outputs, pushed)
     call.timings["forward"] = time.perf_counter() - begin
     return results.finish()

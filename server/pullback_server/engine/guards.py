@@ -86,6 +86,29 @@ class Randomness:
                     generator.seed()
 
 
+def rewinding(device: torch.device, foreign: bool = True) -> Callable[[], None]:
+    """Returns what puts every generator that a call may draw from back to where it is now."""
+    global _seeded_foreign
+    if foreign and _seeded_foreign:
+        # As the call would do, whose numbers could not be drawn again.
+        random.seed()
+        np.random.seed()
+        _seeded_foreign = False
+    states = [(generator, generator.get_state()) for generator in _generators(device)]
+    others = (random.getstate(), np.random.get_state(legacy=True)) if foreign else None
+
+    def rewind() -> None:
+        global _seeded_foreign
+        for generator, state in states:
+            generator.set_state(state)
+        if others is not None:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+            _seeded_foreign = False
+
+    return rewind
+
+
 #: An operator without a derivative contributes a gradient of zero, of which torch only warns.
 _NO_KERNEL: Any = (
     "error",

@@ -24,7 +24,7 @@ from pullback_server.engine.reach import Reference, references
 from pullback_server.faults import Fault
 from pullback_server.hosting import Registration
 from pullback_server.hosting.loading import LoadError
-from pullback_server.job import BatchRecord, CheckRecord, OrdersRecord, SpecRecord
+from pullback_server.job import BatchRecord, CheckRecord, HealthRecord, OrdersRecord, SpecRecord
 from pullback_wire import Reason
 from pullback_wire.dtypes import dtype_number
 
@@ -91,6 +91,10 @@ class HostedModel:
         self.kept_buffers: dict[str, Reference] = {}
         #: Kinds of nodes, not torch's own, that its forwards were seen to make.
         self.met: weakref.WeakSet[type] = weakref.WeakSet()
+        #: Whether the health of its numbers is looked at.
+        chosen = registration.options.gradient_health
+        self.health = HealthRecord(chosen.enabled, chosen.vanishing_below, chosen.exploding_above)
+        self.examined = chosen.enabled
         #: Whether it consists of torch's own modules alone.
         self.stock = False
         #: Whether code compiled by torch.compile is inside.

@@ -80,5 +80,5 @@ class Batches:
             else:
                 members[index] = fault_record(member)
         timings = found.timings | {"copy_in": found.timings.get("copy_in", 0.0) + copied}
-        outcome = BatchOutcome(members, found.merged, found.refused, found.splits, timings)
+        outcome = BatchOutcome(members, found.merged, found.refused, found.splits, timings, found.device_memory)
         return BatchAnswer(outcome, results)

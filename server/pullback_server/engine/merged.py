@@ -8,9 +8,10 @@ each loss is over its own rows, and all derivatives are one backward from all of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import torch
@@ -22,6 +23,7 @@ from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.cotangents import Pull, cotangents
 from pullback_server.engine.forward_mode import finish_jvp, movement, push
 from pullback_server.engine.guards import generator_states
+from pullback_server.engine.health import Subject, examine_rows
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.results import EngineResult, Results, add_seconds
 from pullback_server.engine.reverse import finish_vjp
@@ -48,7 +50,7 @@ def separable(job: Job, hosted: HostedModel) -> int:
 
 def mergeable(job: Job, hosted: HostedModel) -> int:
     """The rows of a job that may be computed with others; 0 where it may not."""
-    if job.parameters or any(wrt.place != "input" for wrt in job.wrt):
+    if job.parameters or job.detect_anomaly or any(wrt.place != "input" for wrt in job.wrt):
         return 0
     return separable(job, hosted)
 
@@ -149,6 +151,7 @@ class MergedCall(Call):
         job = msgspec.structs.replace(first.job, loss=None, inputs=refs, targets=[], cotangents=[], tangents=[])
         super().__init__(job, hosted, tensors)
         self.loss = first.loss
+        self._seen: list[torch.Tensor] = []
         self.timings["copy_in"] += sum(member.call.timings["copy_in"] for member in members)
 
     def composed(
@@ -156,6 +159,7 @@ class MergedCall(Call):
     ) -> dict[str, torch.Tensor]:
         """The members' outputs, or losses. Raises Refused where they cannot be told apart."""
         parts: dict[str, Sequence[torch.Tensor]] = {}
+        self._seen = list(outputs.values())
         for name, tensor in outputs.items():
             if tensor.ndim <= self.axis or tensor.shape[self.axis] != self.rows:
                 raise Refused(f"its output {name!r} is {describe(tensor)} for {self.rows} rows")
@@ -170,7 +174,16 @@ class MergedCall(Call):
                 own = member.call.composed(own, member.call.targets)
                 member.names = {name: f"{member.number}/{name}" for name in own}
                 found.update(zip(member.names.values(), own.values(), strict=True))
+        if self.loss is not None:
+            self._seen = list(found.values())
         return found
+
+    def everything(self) -> Iterator[torch.Tensor]:
+        """The outputs of the latest forward, everybody's in as few tensors as can be. To be asked for once."""
+        seen, self._seen = self._seen, []
+        if self.loss is not None and all(loss.ndim == 0 for loss in seen):
+            seen = [torch.stack([loss.detach() for loss in seen])]
+        yield from seen
 
     @property
     def fell_back(self) -> bool:
@@ -258,6 +271,7 @@ def _evaluate(call: MergedCall) -> None:
             outputs = member.outputs(fw.outputs)
             member.results.check_size(outputs, ())
             member.results.add_outputs(outputs)
+    _examine(call, call.living, (), (), lambda member: Subject(member.outputs(fw.outputs).values()))
 
 
 def _pulls(call: MergedCall, fw: Forward, check: Callable[[Member, Pull], None]) -> dict[Member, Pull]:
@@ -280,6 +294,7 @@ def _vjp(call: MergedCall) -> None:
     outputs = [output for pull in pulls.values() for output in pull.outputs]
     values = [value for pull in pulls.values() for value in pull.cotangents]
     found = gradients(call, outputs, fw.wrt, values)
+    _examine(call, pulls, found, (), lambda m: Subject(pulls[m].fw.outputs.values(), _own(call, m, found)))
     for member, pull in pulls.items():
         with member:
             finish_vjp(member.call, member.results, pull.fw, [member.own(g, call.axis) for g in found])
@@ -298,32 +313,54 @@ def _hvp(call: MergedCall) -> None:
     found, _ = first_backward(call, fw, outputs, values, proof=True)
     derived = along(call, found, moved, [*fw.wrt, *values])
     count, start = len(fw.wrt), len(fw.wrt)
+    subjects: dict[Member, Subject] = {}
     for member, pull in pulls.items():
         stop = start + len(pull.cotangents)
         with member:
             own = [member.own(gradient, call.axis) for gradient in found]
             check_unused(member.call, own)
-            pushed = derived[start:stop]
-            finish_hvp(
-                member.job,
-                member.results,
-                pull,
-                own,
-                [*(member.own(h, call.axis) for h in derived[:count]), *pushed],
-            )
+            pushed = [*_own(call, member, derived[:count]), *derived[start:stop]]
+            subjects[member] = Subject(pull.fw.outputs.values(), own, pushed)
+            finish_hvp(member.job, member.results, pull, own, pushed)
         start = stop
+    _examine(call, subjects, found, derived, lambda member: subjects[member])
     call.timings["backward"] = time.perf_counter() - begin
 
 
 def _jvp(call: MergedCall) -> None:
     begin = time.perf_counter()
     outputs, pushed = push(call, _moved(call), lambda *_: None)
+    subjects: dict[Member, Subject] = {}
     for member in call.living:
         with member:
             own, tangents = member.outputs(outputs), {name: pushed[key] for name, key in member.names.items()}
             member.results.check_size(own, [tangent for tangent in tangents.values() if tangent is not None])
             finish_jvp(member.results, own, tangents)
+            subjects[member] = Subject(own.values(), others=list(tangents.values()))
+    _examine(call, subjects, (), pushed.values(), lambda member: subjects[member])
     call.timings["forward"] = time.perf_counter() - begin
+
+
+def _examine(
+    call: MergedCall,
+    members: Iterable[Member],
+    gradients: Sequence[torch.Tensor | None],
+    others: Iterable[torch.Tensor | None],
+    subject: Callable[[Member], Subject],
+) -> None:
+    """Looks at the health of members. gradients, others: what there is of everybody; subject: of one member."""
+    found = list(members) if call.hosted.examined else []
+    if found:
+        parts = [(member.first, member.rows) for member in found]
+        seen = itertools.chain(call.everything(), others)
+        signs = examine_rows(gradients, call.axis, parts, seen, lambda index: subject(found[index]))
+        for member, one in zip(found, signs, strict=True):
+            member.results.signs = one
+
+
+def _own(call: MergedCall, member: Member, found: Sequence[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """A member's rows of gradients."""
+    return (member.own(gradient, call.axis) for gradient in found)
 
 
 def _moved(call: MergedCall) -> dict[int, torch.Tensor]:

@@ -13,6 +13,7 @@ from pullback_server.engine.attempt import attempt
 from pullback_server.engine.backward import gradients
 from pullback_server.engine.call import Call, Forward
 from pullback_server.engine.cotangents import cotangents
+from pullback_server.engine.health import joined
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.merged import separable
 from pullback_server.engine.results import EngineResult, Results, add_seconds
@@ -112,6 +113,7 @@ def _rejoined(job: Job, found: Sequence[EngineResult], axis: int, sizes: Sequenc
     outcome.cotangent_derivatives = named([result.outcome.cotangent_derivatives for result in found])
     for result in found:
         add_seconds(outcome.timings, result.outcome.timings)
+    results.signs = joined([result.signs for result in found])
     return results.finish()
 
 
@@ -171,6 +173,7 @@ def _evaluate(call: PieceCall) -> EngineResult:
     results = Results(call.job)
     outputs = call.loss_of(_outputs(call), call.targets)
     results.check_size(outputs, ())
+    results.examine(call.hosted, outputs.values())
     results.add_outputs(outputs)
     results.outcome.timings = call.timings
     return results.finish()
@@ -203,6 +206,8 @@ def _vjp(call: PieceCall) -> EngineResult:
         outputs = {name: torch.cat(tensors, call.axis) for name, tensors in parts.items()}
     found = iter(gathered.joined())
     every = [by_targets[wrt.name] if wrt.place == "target" else next(found) for wrt in call.job.wrt]
+    seen = outputs.values() or [part for tensors in parts.values() for part in tensors]
+    results.examine(call.hosted, seen, every)
     finish_vjp(call, results, Forward(outputs, []), every)
     results.outcome.timings = call.timings
     return results.finish()

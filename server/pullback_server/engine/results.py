@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pullback_server.engine._dtypes import TORCH, WIRE
+from pullback_server.engine.health import Signs, Subject, examine
+from pullback_server.engine.hosted import HostedModel
 from pullback_server.faults import Fault
 from pullback_server.job import GradRef, Job, Outcome, TensorRef
 from pullback_wire import Reason
@@ -20,6 +22,8 @@ class EngineResult:
 
     outcome: Outcome
     tensors: list[torch.Tensor]
+    #: What its health is read from when the device is done; None: it was not looked at.
+    signs: Signs | None = None
 
 
 class Results:
@@ -30,6 +34,7 @@ class Results:
         self._dtype = TORCH[job.result_dtype] if job.result_dtype else None
         self.tensors: list[torch.Tensor] = []
         self.outcome = Outcome()
+        self.signs: Signs | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> TensorRef:
         """Raises Fault (MODEL_ERROR) for a tensor that cannot travel."""
@@ -66,8 +71,19 @@ class Results:
         if self._job.return_outputs:
             self.outcome.outputs = [self.add(name, tensor) for name, tensor in outputs.items()]
 
+    def examine(
+        self,
+        hosted: HostedModel,
+        outputs: Iterable[torch.Tensor],
+        gradients: Iterable[torch.Tensor | None] = (),
+        others: Iterable[torch.Tensor | None] = (),
+    ) -> None:
+        """Looks at how the numbers are, as they were computed; see `health.Subject`."""
+        if hosted.examined:
+            self.signs = examine(Subject(outputs, gradients, others))
+
     def finish(self) -> EngineResult:
-        return EngineResult(self.outcome, self.tensors)
+        return EngineResult(self.outcome, self.tensors, self.signs)
 
     def bytes_of(self, tensor: torch.Tensor, count: int | None = None) -> int:
         """Bytes of a result like `tensor`, with `count` elements instead of its own."""
@@ -91,6 +107,15 @@ class Results:
             raise Fault(
                 Reason.RESULT_TOO_LARGE, f"the result{what} would have {total} bytes, at most {limit} are allowed"
             )
+
+
+def share_out(timings: dict[str, float], kind: str, seconds: float) -> None:
+    """Fills in what of so many seconds of computing was not a forward: derivatives, where the job has some."""
+    rest = seconds - timings.get("copy_in", 0.0) - timings.get("forward", 0.0)
+    if kind == "evaluate":
+        timings["forward"] = timings.get("forward", 0.0) + max(rest, 0.0)
+    else:
+        timings["backward"] = max(rest, 0.0)
 
 
 def add_seconds(to: dict[str, float], more: Mapping[str, float]) -> None:

@@ -114,7 +114,8 @@ def _saved_by(node: Any, frames: dict[int, Any]) -> Iterable[torch.Tensor]:
     return found
 
 
-def _node_of(tensor: torch.Tensor) -> Any:
+def node_of(tensor: torch.Tensor) -> Any:
+    """The node that made a tensor; None where there is no graph behind it."""
     try:
         return tensor.grad_fn
     # A view made under no_grad, and changed since: torch does not let it have a graph.
@@ -164,7 +165,7 @@ class Ledger:
 
     def note_graph(self, tensors: Iterable[torch.Tensor]) -> None:
         """What the graphs behind some tensors saved, as far as it is not noted yet."""
-        stack: list[Any] = [node for tensor in tensors if (node := _node_of(tensor)) is not None]
+        stack: list[Any] = [node for tensor in tensors if (node := node_of(tensor)) is not None]
         frames: dict[int, Any] = {}
         note = self.note
         while stack:

@@ -26,6 +26,7 @@ def vjp(call: Call, results: Results) -> EngineResult:
         found = gradients(call, pull.outputs, fw.wrt, pull.cotangents)
     else:
         found = Rows(call, pull.outputs, fw.wrt)(pull.cotangents)
+    results.examine(call.hosted, fw.outputs.values(), found)
     finish_vjp(call, results, fw, found, pull.count)
     call.timings["backward"] = time.perf_counter() - begin
     return results.finish()

@@ -77,7 +77,9 @@ def hvp(call: Call, results: Results) -> EngineResult:
     values = [value.detach().requires_grad_() for value in pull.cotangents]
     found, _ = first_backward(call, pull.fw, pull.outputs, values, proof=True)
     check_unused(call, found)
-    finish_hvp(job, results, pull, found, along(call, found, moved, [*pull.fw.wrt, *values]))
+    derived = along(call, found, moved, [*pull.fw.wrt, *values])
+    results.examine(call.hosted, pull.fw.outputs.values(), found, derived)
+    finish_hvp(job, results, pull, found, derived)
     call.timings["backward"] = time.perf_counter() - begin
     return results.finish()
 

@@ -14,12 +14,13 @@ from pullback_server.engine._dtypes import WIRE
 from pullback_server.engine.call import model_error, out_of_memory, text_of
 from pullback_server.engine.core import Engine
 from pullback_server.engine.guards import Ambience
+from pullback_server.engine.health import Signs, Subject, examine
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_call import Caller
 from pullback_server.engine.tape_grad import grad
-from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles, Made, Operands
+from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles, Made, Operands, merged
 from pullback_server.faults import Fault
-from pullback_server.job import TensorRef
+from pullback_server.job import HealthRecord, TensorRef
 from pullback_wire import Reason
 from pullback_wire.operations import OPERATIONS
 
@@ -32,6 +33,12 @@ class TapeResult:
 
     outcome: ops.SessionOutcome
     tensors: list[torch.Tensor]
+    #: What its health is read from when the device is done; None: it was not looked at.
+    signs: Signs | None = None
+
+
+#: Whose health was looked at, and what for.
+_Looked = tuple[tuple[str, HealthRecord], Signs | None]
 
 
 class Tape:
@@ -127,14 +134,19 @@ class Tape:
         fetch: Sequence[int] = ()
         fetch_below = 0
         made: Made
+        looked: _Looked | None = None
         match op:
             case ops.Call():
                 self._handles.check_free(op.handles)
                 made = self._caller.call(op, operands, job.number, self._afford)
+                if isinstance(op.callee, ops.Model):
+                    looked = self._looked_at(self._caller.label, Subject(_tensors_of(made)))
                 fetch, fetch_below = op.fetch, op.fetch_below
             case ops.Grad():
                 self._handles.check_free(op.handles)
                 made = grad(op, operands, self._ledger, self._afford)
+                label = merged(self._handles[handle].lineage for handle in op.outputs).label
+                looked = self._looked_at(label, Subject((), _tensors_of(made)))
                 fetch, fetch_below = op.fetch, op.fetch_below
             case ops.Put():
                 made = [(value.keep, value.name, self._handles[value.keep]) for value in op.values]
@@ -159,10 +171,16 @@ class Tape:
             if held is not None and held.handle == 0:
                 self._handles.store(handle, held)
         self._retained = self._ledger.total()
-        result.outcome.live, result.outcome.retained = self.live, self._retained
+        outcome = result.outcome
+        outcome.live, outcome.retained, outcome.graphs = self.live, self._retained, self._handles.graphs
+        if looked is not None:
+            (outcome.model, outcome.limits), result.signs = looked
         if self._engine.device.type == "cuda":
             result.outcome.device_memory = torch.cuda.memory_allocated(self._engine.device)
         return result
+
+    def _looked_at(self, label: tuple[str, HealthRecord], subject: Subject) -> _Looked | None:
+        return (label, examine(subject)) if self._engine.gradient_health and label[1].enabled else None
 
     def _keep(self, op: ops.Op, operands: Operands) -> None:
         """Stores the op's own tensors that are to be kept. Raises Fault, having stored none."""
@@ -235,6 +253,10 @@ class Tape:
             shares = shared.get(tensor.untyped_storage()._cdata, 0) if shared and not held.handle else 0
             records.append(ops.HandleRecord(handle, name, number, shape, tensor.requires_grad, False, ref, shares))
         return TapeResult(ops.SessionOutcome(records, 0, 0, {}), values)
+
+
+def _tensors_of(made: Made) -> list[torch.Tensor]:
+    return [held.tensor for _, _, held in made if held is not None]
 
 
 def _clear_frames(error: BaseException) -> None:

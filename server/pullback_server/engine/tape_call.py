@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pullback_server import ops
-from pullback_server.engine import losses
+from pullback_server.engine import anomaly, losses
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine._names import unknown_name
 from pullback_server.engine.call import Again
 from pullback_server.engine.core import Engine
+from pullback_server.engine.guards import rewinding
 from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.losses import LOSSES
 from pullback_server.engine.operations import Applied, apply
@@ -20,7 +22,7 @@ from pullback_server.engine.tape_arguments import Named, by_name, model_inputs, 
 from pullback_server.engine.tape_model import Overwritten, Run, as_handles, run_model
 from pullback_server.engine.tape_state import PLAIN, Afford, Cause, Handles, Held, Lineage, Made, Operands, merged
 from pullback_server.faults import Fault
-from pullback_server.job import LossCall
+from pullback_server.job import HealthRecord, LossCall
 from pullback_wire import Reason
 
 #: How often a model's call is computed anew with what was learned about it. Each thing is learned once.
@@ -36,6 +38,8 @@ class Caller:
         self._ledger = ledger
         #: The models whose memory the ledger knows.
         self._exempt: set[HostedModel] = set()
+        #: The model of the latest call of one, and what is said of its health.
+        self.label = ("", HealthRecord())
 
     def close(self) -> None:
         self._exempt.clear()
@@ -78,7 +82,7 @@ class Caller:
 
     def _changed(self, applied: Applied, held: Held) -> Held:
         """After an in-place operation: whatever looks at the same memory now has the operation in its graph."""
-        if applied.lineage is not PLAIN:
+        if applied.lineage.models or applied.lineage.order:
             key = held.tensor.untyped_storage()._cdata
             for other in self._handles.held.values():
                 if other.tensor.untyped_storage()._cdata == key:
@@ -90,6 +94,7 @@ class Caller:
     ) -> tuple[dict[str, torch.Tensor], Lineage]:
         for _ in range(_ATTEMPTS):
             hosted = self._hosted(callee.name, callee.version)
+            self.label = (callee.name, hosted.health)
             targets = by_name(op.targets, "targets", operands)
             if callee.loss is None and targets:
                 raise Fault(Reason.BAD_NAME, f"targets[{next(iter(targets))}] was given without a loss", "targets")
@@ -102,9 +107,10 @@ class Caller:
                 seed=callee.seed,
                 fast=op.max_order is not None and op.max_order <= 1,
                 no_grad=op.no_grad,
+                notes=callee.detect_anomaly,
             )
             try:
-                outputs, lineage = run_model(hosted, run)
+                outputs, lineage = _looked_at(hosted, run) if callee.detect_anomaly else run_model(hosted, run)
             except Again:
                 continue
             except Overwritten as over:
@@ -143,6 +149,22 @@ class Caller:
                 )
             made.append((handle, name, Held(own.detach().clone().requires_grad_())))
         return made
+
+
+def _looked_at(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], Lineage]:
+    """As run_model. Raises also Fault (NON_FINITE)."""
+    rewind = rewinding(hosted.device, not hosted.stock)
+    outputs, lineage = run_model(hosted, run)
+    found = _labelled("outputs", outputs)
+    if anomaly.all_finite(found):
+        return outputs, lineage
+    groups = {"inputs": run.inputs, "parameters": run.parameters, "targets": run.targets}
+    given = {f"{what}[{name}]": held.tensor.detach() for what, named in groups.items() for name, held in named.items()}
+    raise anomaly.explained(hosted, found, given, lambda: _labelled("outputs", run_model(hosted, run)[0]), rewind)
+
+
+def _labelled(what: str, named: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    return [(f"{what}[{name}]", tensor.detach()) for name, tensor in named.items()]
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ import torch
 
 from pullback_server import ops
 from pullback_server.engine._dtypes import describe, differentiable
+from pullback_server.engine.anomaly import all_finite, fault_of, looking
 from pullback_server.engine.backward import stacked
 from pullback_server.engine.call import out_of_memory
 from pullback_server.engine.guards import Randomness, plain_kernels, quiet_vmap, without_cudnn
+from pullback_server.engine.origins import Tracer
 from pullback_server.engine.replica import guarded
 from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_cotangents import grad_outputs
@@ -79,6 +81,20 @@ class Backward:
     def first(self) -> bool:
         """Whether no gradient is differentiated here, nor will be."""
         return not self.op.create_graph and not self.lineage.order
+
+    def fields(self) -> dict[str, torch.Tensor]:
+        """What goes into it, by field."""
+        groups: dict[str, Sequence[Held | None]] = {
+            "grad_outputs": self.given,
+            "outputs": self.outputs,
+            "inputs": self.inputs,
+        }
+        return {
+            f"{what}[{index}]": held.tensor.detach()
+            for what, helds in groups.items()
+            for index, held in enumerate(helds)
+            if held is not None
+        }
 
     def run(self) -> list[torch.Tensor | None]:
         """The gradients. Raises Fault, and what torch raises when memory runs out."""
@@ -198,6 +214,13 @@ class Backward:
         return []
 
 
+def _check_finite(tracer: Tracer, found: Sequence[torch.Tensor | None]) -> None:
+    """Raises Fault (NON_FINITE)."""
+    named = [(f"gradients[{index}]", one.detach()) for index, one in enumerate(found) if one is not None]
+    if not all_finite(named):
+        raise fault_of(tracer, named)
+
+
 def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Made:
     """Runs a Grad op. Raises Fault, Dependency, and what torch raises when memory runs out."""
     backward = Backward(op, operands, operands.handles.planted)
@@ -209,8 +232,10 @@ def grad(op: ops.Grad, operands: Operands, ledger: Ledger, afford: Afford) -> Ma
     if randomness is not None:
         randomness.begin()
     try:
-        with guarded(backward.lineage):
+        with guarded(backward.lineage), looking(backward.fields(), op.detect_anomaly) as tracer:
             found = backward.run()
+        if tracer is not None:
+            _check_finite(tracer, found)
     finally:
         if randomness is not None:
             randomness.end()

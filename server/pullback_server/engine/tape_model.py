@@ -20,6 +20,7 @@ from pullback_server.engine.guards import (
 )
 from pullback_server.engine.hosted import HostedModel, same
 from pullback_server.engine.losses import PreparedLoss
+from pullback_server.engine.places import in_loss, inside
 from pullback_server.engine.recomputing import Unrepeatable, repeatable
 from pullback_server.engine.replica import Stage
 from pullback_server.engine.tape_state import PLAIN, Held, Lineage, merged
@@ -41,6 +42,8 @@ class Run:
     seed: int | None
     fast: bool
     no_grad: bool
+    #: Whether its nodes are to know which module made them.
+    notes: bool = False
     #: Whether the model hung hooks on anything, whatever came of the call.
     hung: bool = False
 
@@ -73,8 +76,10 @@ def run_model(hosted: HostedModel, run: Run) -> tuple[dict[str, torch.Tensor], L
         raise Again
     targets = {name: held.tensor for name, held in run.targets.items()}
     if run.loss is not None:
-        with contextlib.nullcontext() if not run.no_grad else torch.no_grad():
+        grad_mode = contextlib.nullcontext() if not run.no_grad else torch.no_grad()
+        with grad_mode, in_loss(hosted, run.loss.loss.name, run.notes) as tell:
             outputs = {"loss": run.loss.apply(outputs, targets, hosted.owner)}
+            tell(outputs)
     outputs = {name: _sendable(name, tensor, hosted.owner) for name, tensor in outputs.items()}
     return outputs, _lineage(hosted, run, outputs, witness, apart)
 
@@ -90,6 +95,7 @@ def _lineage(
         for held in group.values()
         if held.tensor.requires_grad
     )
+    found = merged([found, Lineage(labels=frozenset([(hosted.registration.name, hosted.health)]))])
     if hosted.stock:
         return found
     own = frozenset([hosted])
@@ -181,8 +187,16 @@ def _forward(hosted: HostedModel, run: Run, randomness: Randomness) -> tuple[dic
     randomness.restart()
     try:
         again = repeatable() if hosted.recomputes else contextlib.nullcontext()
-        with hosted.precision(), _kernels(hosted, run, stage), stage.code() as code, again, watching:
+        with (
+            hosted.precision(),
+            _kernels(hosted, run, stage),
+            stage.code() as code,
+            again,
+            watching,
+            inside(hosted, code, (arguments, keywords, swaps), run.notes) as tell,
+        ):
             result = code(*arguments, **keywords)
+            tell(result)
     except Fault:
         raise
     except BaseException as error:

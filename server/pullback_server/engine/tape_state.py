@@ -11,8 +11,9 @@ import torch
 from pullback_server import ops
 from pullback_server.engine._dtypes import describe, differentiable
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.retained import Ledger
+from pullback_server.engine.retained import Ledger, node_of
 from pullback_server.faults import Fault
+from pullback_server.job import HealthRecord
 from pullback_wire import Reason
 
 #: Most handles of one session, the failed ones included.
@@ -32,6 +33,7 @@ class Lineage:
     order: how many gradients were taken of gradients on the way, at most; 0: none.
     fast: whether a model ran with kernels that have no derivatives of higher order.
     apart: those models that ran on a replica, which a backward may run again.
+    labels: names of all hosted models that the graph went through, and what is said of their health.
     """
 
     models: frozenset[HostedModel] = _NO_MODELS
@@ -39,6 +41,12 @@ class Lineage:
     order: int = 0
     fast: bool = False
     apart: frozenset[HostedModel] = _NO_MODELS
+    labels: frozenset[tuple[str, HealthRecord]] = frozenset()
+
+    @property
+    def label(self) -> tuple[str, HealthRecord]:
+        """That of the one hosted model that the graph went through; without a name where there was none, or more."""
+        return next(iter(self.labels)) if len(self.labels) == 1 else ("", HealthRecord())
 
 
 #: Nothing but torch's own operations.
@@ -50,7 +58,7 @@ def merged(lineages: Iterable[Lineage]) -> Lineage:
     for lineage in lineages:
         if lineage is found or lineage is PLAIN:
             continue
-        if found is PLAIN:
+        if found is PLAIN or found == lineage:
             found = lineage
             continue
         found = Lineage(
@@ -59,6 +67,7 @@ def merged(lineages: Iterable[Lineage]) -> Lineage:
             max(found.order, lineage.order),
             found.fast or lineage.fast,
             found.apart | lineage.apart,
+            found.labels | lineage.labels,
         )
     return found
 
@@ -72,6 +81,8 @@ class Held:
     handle: int = 0
     #: How many hooks of models were found on it.
     hooks: int = 0
+    #: Whether there was a graph behind it when it was stored.
+    graph: bool = False
 
 
 #: What an op made or read: handle, name, tensor (None: an unused gradient).
@@ -104,6 +115,8 @@ class Handles:
 
     def __init__(self, ledger: Ledger) -> None:
         self.held: dict[int, Held] = {}
+        #: How many of them have a graph behind them.
+        self.graphs = 0
         self._failed: dict[int, Cause] = {}
         #: The last handles of failed calls, in order.
         self._last: list[int] = []
@@ -114,7 +127,8 @@ class Handles:
     def release(self, handles: Iterable[int]) -> None:
         """Forgets handles; unknown ones are passed over."""
         for handle in handles:
-            if self.held.pop(handle, None) is not None:
+            if (held := self.held.pop(handle, None)) is not None:
+                self.graphs -= held.graph
                 self._ledger.dropped(1)
             elif self._failed.pop(handle, None) is not None:
                 at = bisect.bisect_left(self._last, handle)
@@ -170,6 +184,8 @@ class Handles:
 
     def store(self, handle: int, held: Held) -> None:
         held.handle = handle
+        held.graph = node_of(held.tensor) is not None
+        self.graphs += held.graph
         self.held[handle] = held
         self._ledger.note(held.tensor)
 
@@ -192,7 +208,7 @@ class Handles:
         helds.clear()
         lost = [handle for handle, held in self.held.items() if held.tensor.untyped_storage()._cdata in storages]
         for handle in lost:
-            del self.held[handle]
+            self.graphs -= self.held.pop(handle).graph
             self._failed[handle] = cause
         self._ledger.dropped(len(lost))
 
@@ -215,6 +231,7 @@ class Handles:
 
     def clear(self) -> None:
         self.held.clear()
+        self.graphs = 0
         self._failed.clear()
         self._last.clear()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import logging
 import os
 import socket
 import sys
@@ -20,9 +19,11 @@ from typing import NamedTuple
 
 import torch
 
+from pullback_server import logs
 from pullback_server.engine import Engine, EngineResult, WritesInputs
-from pullback_server.engine.boot import choose_device, device_memory, limit_memory, load_models, settle, told
+from pullback_server.engine.boot import choose_device, device_id, device_memory, limit_memory, load_models, settle, told
 from pullback_server.engine.members import BatchAnswer, Batches, overdue
+from pullback_server.engine.parentage import on_behalf_of
 from pullback_server.engine.records import cleaned, fault_record, record_of, trace_of
 from pullback_server.engine.sessions import Sessions, op_references
 from pullback_server.engine.shelf import Shelf
@@ -189,7 +190,8 @@ class Worker:
             return
         # What a session keeps is copied out, so that there is nothing to watch.
         watch = Watch() if run.slot is not None and not isinstance(run.job, SessionJob) else None
-        answer = self._compute(staged, watch)
+        with on_behalf_of(run):
+            answer = self._compute(staged, watch)
         self._drop_uploads(run)
         # By now nothing here looks at the inputs any more; whoever still does is the model.
         if run.slot is not None and watch is not None and watch.alive():
@@ -230,21 +232,23 @@ class Worker:
         run = staged.run
         try:
             begin = time.perf_counter()
-            ready = begin
+            ready, began = begin, time.monotonic()
             result: EngineResult | TapeResult | BatchAnswer
             if isinstance(run.job, Batch):
                 result = self._batches.run(run.job, self._places(staged), watch, staged.passed_over)
             else:
                 tensors = self._tensors(staged, run.job, watch)
-                ready = time.perf_counter()
+                ready, began = time.perf_counter(), time.monotonic()
                 if isinstance(run.job, SessionJob):
                     result = self._sessions.run(run.job, tensors)
                 else:
                     result = self._engine.run(run.job, tensors)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
+            if isinstance(result, TapeResult) and result.signs is not None:
+                result.outcome.health = result.signs.read()
             computed = time.perf_counter()
-            answer = self._store(run.id, result, computed - ready)
+            answer = self._store(run.id, result, computed - ready, began)
             timings = result.outcome.timings
             timings["copy_in"] = timings.get("copy_in", 0.0) + ready - begin
             timings["copy_out"] = timings.get("copy_out", 0.0) + time.perf_counter() - computed
@@ -282,10 +286,12 @@ class Worker:
             tensors = [tensor.clone() if 4 * tensor.nbytes < len(staged.memory) else tensor for tensor in tensors]
         return tensors
 
-    def _store(self, number: int, result: EngineResult | TapeResult | BatchAnswer, compute: float) -> _Answer:
+    def _store(
+        self, number: int, result: EngineResult | TapeResult | BatchAnswer, compute: float, began: float
+    ) -> _Answer:
         lengths = byte_counts(result.tensors)
         _, size = place(lengths)
-        done = messages.Done(number, False, result.outcome, compute, lengths, None)
+        done = messages.Done(number, False, result.outcome, compute, lengths, None, began)
         if size <= INLINE_LIMIT:
             return _Answer(done, packed(result.tensors, lengths))
         try:
@@ -341,15 +347,17 @@ def _work(sock: socket.socket) -> None:
     if setup.only_register:
         # It serves nobody, and shall not hold up those that do.
         os.nice(5)
-    logging.basicConfig(format=f"%(asctime)s %(levelname)s {setup.name} %(name)s: %(message)s")
+    logs.configure_worker(setup.name, setup.log_level, setup.log_format)
     try:
-        engine = Engine(choose_device(setup))
+        engine = Engine(choose_device(setup), setup.gradient_health)
         signatures, known = load_models(engine, setup)
         shelf = Shelf(engine, known, setup.memory_bytes, setup.gate)
         more, failed = shelf.load_all(
             setup.items, lambda item: send_frame(sock, messages.encode(messages.Loading(item.name, item.id)))
         )
-        loaded: messages.ToFront = messages.Loaded(signatures + more, device_memory(engine.device), failed, list(known))
+        loaded: messages.ToFront = messages.Loaded(
+            signatures + more, device_memory(engine.device), failed, list(known), device_id(engine.device)
+        )
     except LoadError as error:
         loaded = messages.LoadFailed(cleaned(str(error)), trace_of(error))
     # A fault of ours: the operator must hear of that as well.

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from pullback_server import tracking
 from pullback_server.faults import Fault
 from pullback_server.fleet.channel import Channel
 from pullback_server.fleet.copying import Copier
@@ -19,7 +20,7 @@ from pullback_server.ipc import messages
 from pullback_server.ipc.frames import MAX_FDS, Frame
 from pullback_server.ipc.layout import INLINE_LIMIT, place, spaced
 from pullback_server.ipc.segments import Arena, Mappings, Segment
-from pullback_server.job import Batch, Job
+from pullback_server.job import Batch, BatchOutcome, FaultRecord, Job
 from pullback_server.ops import SessionJob
 from pullback_wire import Reason
 
@@ -30,9 +31,12 @@ _NOTE_DELAY = 0.05
 
 
 class Posted:
-    """A job on its way. `transfer`: seconds that writing its bytes took. `uploads`: segments that are its own."""
+    """A job on its way. `transfer`: seconds that writing its bytes took. `uploads`: segments that are its own.
 
-    __slots__ = ("answer", "job", "number", "obituary", "segment", "transfer", "uploads")
+    request: for which it was posted.
+    """
+
+    __slots__ = ("answer", "job", "number", "obituary", "request", "segment", "transfer", "uploads")
 
     def __init__(
         self, job: Job | Batch | SessionJob, segment: Segment | None, transfer: float, uploads: Sequence[Segment] = ()
@@ -43,6 +47,7 @@ class Posted:
         self.uploads = uploads
         self.number = 0
         self.obituary: Obituary | None = None
+        self.request = tracking.current()
         self.answer: asyncio.Future[LocalReply | messages.Again | Fault | WorkerLost]
         self.answer = asyncio.get_running_loop().create_future()
 
@@ -83,6 +88,8 @@ class Jobs:
         self.proven = False
         #: Jobs that were not begun, since their time had passed or nobody waited for them any more.
         self.passed_over = 0
+        #: Bytes that the worker's allocator held after its latest job; None: it did not say.
+        self.device_memory: int | None = None
 
     @property
     def outstanding(self) -> int:
@@ -201,9 +208,10 @@ class Jobs:
                 slot = messages.Slot(segment.id, segment.size)
                 fds = (segment.fd,)
                 segment.announced = True
-            message = messages.encode(
-                messages.Run(number, call.job, deadline, lengths, slot, self._take_note(), uploads)
-            )
+            run = messages.Run(number, call.job, deadline, lengths, slot, self._take_note(), uploads)
+            if (request := call.request) is not None:
+                run.request, run.traceparent = request.id, request.traceparent
+            message = messages.encode(run)
             if not self._channel.send(message, tail, fds):
                 raise self._lost(suspect=False)
         except BaseException:
@@ -246,10 +254,13 @@ class Jobs:
         match message:
             case messages.Done(id, kept):
                 self.proven = True
+                if isinstance(message.outcome, BatchOutcome):
+                    for index, member in enumerate(message.outcome.members):
+                        if isinstance(member, FaultRecord):
+                            self._tell(id, member, index)
                 self._resolve(id, kept, self._reply(message, self._sent[id], frame))
             case messages.Failed(id, kept, fault):
-                if fault.traceback:
-                    _log.error("worker %s: %s\n%s", self._name, fault.message, fault.traceback)
+                self._tell(id, fault)
                 self._resolve(id, kept, Fault(Reason[fault.reason], fault.message, fault.field, fault.retry_after))
             case messages.Again(id, kept):
                 self._resolve(id, kept, message)
@@ -261,6 +272,18 @@ class Jobs:
                     self._mappings.drop(number)
             case _:
                 raise ValueError(f"a loaded worker does not say {type(message).__name__}")
+
+    def _tell(self, number: int, fault: FaultRecord, member: int = -1) -> None:
+        """Logs the traceback that came with a fault, for the request whose job, or member of a batch, has failed."""
+        if not fault.traceback:
+            return
+        request = self._sent[number].request
+        if request is not None and member >= 0:
+            request = request.member(member)
+        with tracking.as_of(request):
+            _log.error(
+                "worker %s: %s\n%s", self._name, fault.message, fault.traceback, extra={"worker": self._name}
+            )
 
     def end(self, suspect: bool, overdue: float | None = None) -> None:
         """The worker is gone: gives its memory back and tells those who wait.
@@ -285,11 +308,13 @@ class Jobs:
             if done.slot.size:
                 self._mappings.add(number, done.slot.size, frame.fds.pop())
             memory = Lease(self._mappings.view(number), functools.partial(self._left, number))
+        self.device_memory = done.outcome.device_memory or self.device_memory
         stages = done.outcome.timings
         timings: Mapping[str, float] = {
             **stages,
             "transfer": call.transfer + stages.get("copy_in", 0.0) + stages.get("copy_out", 0.0),
             "compute": done.compute,
+            "began": done.began,
         }
         return LocalReply(done.outcome, done.lengths, memory, timings)
 

@@ -68,6 +68,8 @@ class Link:
         self.ended: asyncio.Future[str] = loop.create_future()
         #: Bytes that the worker's device has in all.
         self.memory = 0
+        #: See `seam.Worker`.
+        self.device_id = ""
         self._closing = False
         self._over = False
         self._blameless = False
@@ -80,6 +82,10 @@ class Link:
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
+
+    @property
+    def device_memory(self) -> int | None:
+        return self._jobs.device_memory
 
     @property
     def proven(self) -> bool:
@@ -111,7 +117,7 @@ class Link:
             await self._kill()
             raise
         if isinstance(loaded, messages.Loaded):
-            self.memory = loaded.memory
+            self.memory, self.device_id = loaded.memory, loaded.device_id
             return loaded
         await self._kill()
         if loaded is None:
@@ -120,7 +126,8 @@ class Link:
         raise StartError(loaded.message)
 
     async def _spawn(self, spawner: Spawner) -> None:
-        self._process = await spawner.spawn(self._theirs, self._setup.threads, self._exited)
+        relayed = self._name if self._setup.log_format == "json" else ""
+        self._process = await spawner.spawn(self._theirs, self._setup.threads, self._exited, relayed)
         if self._over:
             self._process.kill()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from pullback_server import logs
 from pullback_server.fleet import devices as devices_
 from pullback_server.fleet.carrying import carry
 from pullback_server.fleet.copying import Copier
@@ -48,7 +49,7 @@ class LocalFleet:
     load_timeout: seconds a worker may take to load all models.
     idle_bytes: of shared memory that each worker, and the front for each worker, keeps for the next job.
     hard_timeout: seconds of computing after which a job costs its worker, where its model says nothing else.
-    memory_bytes, float32_precision, gate: see `messages.Setup`.
+    memory_bytes, float32_precision, gate, gradient_health, log_format, log_level: see `messages.Setup`.
     empty: whether there need be no model at the start, since others will be installed.
     """
 
@@ -64,6 +65,9 @@ class LocalFleet:
         memory_bytes: int | None = None,
         float32_precision: str = "highest",
         gate: bool = True,
+        gradient_health: bool = True,
+        log_format: logs.Format = "console",
+        log_level: str = "warning",
         empty: bool = False,
     ) -> None:
         self.on_change: Callable[[], None] = lambda: None
@@ -77,6 +81,9 @@ class LocalFleet:
         self._memory_bytes = memory_bytes
         self._float32_precision = float32_precision
         self._gate = gate
+        self._gradient_health = gradient_health
+        self._log_format: logs.Format = log_format
+        self._log_level = log_level
         self._empty = empty
         self._workers: list[LocalWorker] = []
         #: Every process of which something may be left.
@@ -169,6 +176,9 @@ class LocalFleet:
                 self._memory_bytes,
                 self._float32_precision,
                 gate=self._gate,
+                gradient_health=self._gradient_health,
+                log_format=self._log_format,
+                log_level=self._log_level,
             )
             for name, device in zip(names, found, strict=True)
         }

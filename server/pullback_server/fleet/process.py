@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pullback_server.fleet import output
+
 #: Libraries that make their thread pools when they are loaded, before torch.set_num_threads can be called.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -59,9 +61,12 @@ class Spawner:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pullback-spawner", initializer=_hold_signals)
 
-    async def spawn(self, sock: socket.socket, threads: int, on_exit: Callable[[], None]) -> Process:
-        """Starts a worker that talks on `sock`, which is then closed here. Raises OSError."""
-        started = self._thread.submit(_popen, sock, threads)
+    async def spawn(self, sock: socket.socket, threads: int, on_exit: Callable[[], None], relayed: str = "") -> Process:
+        """Starts a worker that talks on `sock`, which is then closed here. Raises OSError.
+
+        relayed: as whose what it writes to stdout and stderr is logged here; empty: both are this process's own.
+        """
+        started = self._thread.submit(_popen, sock, threads, relayed)
         try:
             child = await asyncio.wrap_future(started)
         except asyncio.CancelledError:
@@ -86,16 +91,23 @@ def _hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
-def _popen(sock: socket.socket, threads: int) -> subprocess.Popen[bytes]:
+def _popen(sock: socket.socket, threads: int, relayed: str) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     # -P: a file in the current directory must not pass for a library (torch imports a `queue`, a `types`).
     command = [sys.executable, "-P", "-m", "pullback_server.engine.worker"]
     command += ["--socket", str(sock.fileno()), "--parent", str(os.getpid())]
-    with sock:
+    with sock, contextlib.ExitStack() as ours:
+        theirs: int | None = None
+        if relayed:
+            reading, theirs = output.pipe()
+            ours.callback(os.close, theirs)
+            output.relay(reading, relayed)
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
             env=environment,
             pass_fds=(sock.fileno(),),
             # Ctrl-C in a terminal is for the front, which ends its workers when it has drained.

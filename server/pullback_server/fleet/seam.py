@@ -60,7 +60,8 @@ class Reply(Protocol):
 
     outcome: Outcome | BatchOutcome | SessionOutcome
     payloads: Sequence[Buffer]
-    #: Seconds by stage, measured by the fleet: "transfer" (bytes to and from the worker), "compute".
+    #: Seconds by stage, measured by the fleet: "transfer" (bytes to and from the worker), "compute"; and "began": when
+    #: the worker began to compute, on the time.monotonic clock.
     timings: Mapping[str, float]
 
     def __enter__(self) -> Reply: ...
@@ -112,12 +113,16 @@ class BatchPending(Protocol):
 class Seat(Protocol):
     """A session's place on one worker process: what it holds there, and the way to it.
 
-    session: its number there. lost: done when the process is gone, and everything with it.
-    live, retained: handles and bytes that the session held after its latest answered op.
+    session: its number there. since: when it was taken, on the time.monotonic clock.
+    lost: done when the process is gone, and everything with it.
+    live, graphs, retained: handles, those of them with a graph behind them, and bytes that the session held after its
+        latest answered op.
     """
 
     session: int
+    since: float
     live: int
+    graphs: int
     retained: int
 
     @property
@@ -155,6 +160,10 @@ class Worker(Protocol):
         """Its device in torch's words, e.g. "cpu", "cuda:1"."""
 
     @property
+    def restarts(self) -> int:
+        """How many times its process has been replaced, or was to be."""
+
+    @property
     def outstanding(self) -> int:
         """Jobs sent and not yet answered (abandoned ones included until the worker has passed over them)."""
 
@@ -188,6 +197,18 @@ class Worker(Protocol):
     @property
     def memory(self) -> int:
         """Its share of the bytes that its device has in all."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of its present process, where that is on this machine."""
+
+    @property
+    def device_id(self) -> str:
+        """The UUID of a CUDA device, "" of others."""
+
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes on a CUDA device that its allocator holds, as of its latest answer; None: it did not say."""
 
     @property
     def seats(self) -> Collection[Seat]:

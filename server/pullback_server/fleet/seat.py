@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,10 @@ class LocalSeat:
 
     def __init__(self, link: Link, session: int, on_close: Callable[[LocalSeat], None]) -> None:
         self.session = session
+        self.since = time.monotonic()
         self.live = 0
         self.retained = 0
+        self.graphs = 0
         self._link = link
         self._on_close = on_close
         self._posted: set[Posted] = set()
@@ -67,6 +70,7 @@ class LocalSeat:
             raise Fault(Reason.INTERNAL, "a model writes into its inputs although they were copied")
         if isinstance(reply.outcome, SessionOutcome):
             self.live, self.retained = reply.outcome.live, reply.outcome.retained
+            self.graphs = reply.outcome.graphs
         return reply
 
     def close(self) -> None:
@@ -77,7 +81,7 @@ class LocalSeat:
             self._link.abandon(posted)
         self._posted.clear()
         self._link.end_session(self.session)
-        self.live = self.retained = 0
+        self.live = self.retained = self.graphs = 0
         self._on_close(self)
 
 

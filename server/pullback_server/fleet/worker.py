@@ -203,6 +203,14 @@ class LocalWorker:
         return 0 if self._link is None else self._link.memory // self._sharers
 
     @property
+    def device_id(self) -> str:
+        return "" if self._link is None else self._link.device_id
+
+    @property
+    def device_memory(self) -> int | None:
+        return None if self._link is None else self._link.device_memory
+
+    @property
     def seats(self) -> Collection[LocalSeat]:
         return self._seats
 

@@ -11,13 +11,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pullback_server.hosting.gate import Gate
-from pullback_server.hosting.options import Batching, Compile, Options
+from pullback_server.hosting.options import Batching, Compile, GradientHealth, Options
 
 #: Unknown keys for which it is looked what may have been meant.
 _HINTS = 10
 
 #: Tables that are dataclasses, which check themselves.
-_CHECKED = {("options",): Options, ("options", "batching"): Batching, ("options", "compile"): Compile, ("gate",): Gate}
+_CHECKED = {
+    ("options",): Options,
+    ("options", "batching"): Batching,
+    ("options", "compile"): Compile,
+    ("options", "gradient_health"): GradientHealth,
+    ("gate",): Gate,
+}
 
 _EXPECTED = {
     "bool_type": "true or false",

@@ -69,6 +69,32 @@ class Compile:
 
 
 @dataclass(frozen=True)
+class GradientHealth:
+    """What is counted of the health of a model's gradients.
+
+    enabled: False: nothing; True: norms, zeros, NaN and infinities, unless the server was told to look at no model.
+    vanishing_below, exploding_above: norms of a call's gradients, all of them together, that are counted as too small
+        or too large. They depend on the cotangents that callers send. None: no norm is.
+
+    Raises ValueError for values that cannot be.
+    """
+
+    enabled: bool = True
+    vanishing_below: float | None = None
+    exploding_above: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vanishing_below", "exploding_above"):
+            if getattr(self, name) is not None:
+                _positive(f"gradient_health.{name}", getattr(self, name))
+        low, high = self.vanishing_below, self.exploding_above
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"gradient_health.vanishing_below is {low}, expected at most exploding_above, which is {high}"
+            )
+
+
+@dataclass(frozen=True)
 class Options:
     """How a model is run.
 
@@ -84,6 +110,7 @@ class Options:
     hard_timeout: seconds of computing after which a call costs its worker; None: the server's own limit.
     devices: globs of workers ("cuda-0", "cpu-*") that may hold the model; empty: all of them.
     replicas: how many workers hold it; None: all that may.
+    gradient_health: see `GradientHealth`.
 
     Raises ValueError for values that cannot be.
     """
@@ -96,6 +123,7 @@ class Options:
     hard_timeout: float | None = None
     devices: tuple[str, ...] = ()
     replicas: int | None = None
+    gradient_health: GradientHealth = field(default_factory=GradientHealth)
 
     def __post_init__(self) -> None:
         if self.autocast is not None and self.autocast not in AUTOCAST:

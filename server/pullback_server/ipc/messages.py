@@ -5,6 +5,8 @@ Payloads stand beside a message: in its tail when they are small, else in one sh
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from pullback_server.hosting.items import Item
@@ -56,6 +58,11 @@ class Setup(msgspec.Struct, array_like=True, tag="setup"):
     only_register: bool = False
     #: Whether models pass the gate where they do not say themselves.
     gate: bool = True
+    #: How the worker logs: see `logs`.
+    log_format: Literal["console", "json"] = "console"
+    log_level: str = "warning"
+    #: Whether the health of gradients is looked at, where a model does not say itself that it is not.
+    gradient_health: bool = True
 
 
 class Load(msgspec.Struct, array_like=True, tag="load"):
@@ -83,6 +90,7 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     note: to be heeded first; it rides along, since a message of its own would wake the worker twice.
     uploads: segments (see `Uploaded`) with one payload each, whose indices follow those of `lengths`, and their bytes.
         The front gives them up when the job is answered: their memory goes when the worker's last view of it does.
+    request, traceparent: see `tracking.Request`. Not in the job, which is shared by those who ask for the same.
     """
 
     id: int
@@ -92,6 +100,8 @@ class Run(msgspec.Struct, array_like=True, tag="run"):
     slot: Slot | None
     note: Note | None = None
     uploads: list[tuple[int, int]] = []
+    request: str = ""
+    traceparent: str = ""
 
 
 class Uploaded(msgspec.Struct, array_like=True, tag="uploaded"):
@@ -124,12 +134,14 @@ class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
     """All models are loaded. memory: bytes that the device has in all. failed: items that were not, by model and id.
 
     registered: names and versions that the sources register, be they loaded here or not.
+    device_id: the UUID of a CUDA device, "" of others.
     """
 
     signatures: list[Signature]
     memory: int = 0
     failed: list[tuple[str, str, str]] = []
     registered: list[tuple[str, str]] = []
+    device_id: str = ""
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
@@ -168,7 +180,10 @@ class Unloaded(msgspec.Struct, array_like=True, tag="unloaded"):
 
 
 class Done(msgspec.Struct, array_like=True, tag="done"):
-    """A computed job. `kept`: the model still holds inputs, so their slot must never be used again."""
+    """A computed job. `kept`: the model still holds inputs, so their slot must never be used again.
+
+    began: when computing began, on the time.monotonic clock.
+    """
 
     id: int
     kept: bool
@@ -176,6 +191,7 @@ class Done(msgspec.Struct, array_like=True, tag="done"):
     compute: float
     lengths: list[int]
     slot: Slot | None
+    began: float = 0.0
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):

@@ -6,16 +6,18 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import cast
 
-from pullback_server import ops
+from pullback_server import ops, tracking
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Reply, WorkerLost
-from pullback_server.job import Outcome
+from pullback_server.job import BatchOutcome, Outcome
 from pullback_server.rpc import status
 from pullback_server.rpc.answer import join, response, tensors_of
 from pullback_server.rpc.ops import result_of
 from pullback_server.rpc.request import wire_path
 from pullback_server.rpc.sending import Op, until_told
 from pullback_server.rpc.transfers import Outbox
+from pullback_server.telemetry import Metrics
+from pullback_wire import Reason
 from pullback_wire.v1 import session_service_pb2 as pb
 
 #: Values that stay in an answer's own message, in all, where the client takes chunks.
@@ -26,11 +28,17 @@ class AnswerWriter:
     """Writes answers. most: bytes of values in one message for a client that takes no chunks."""
 
     def __init__(
-        self, write: Callable[[bytes], Awaitable[None]], outbox: Outbox, executor: Executor, most: int
+        self,
+        write: Callable[[bytes], Awaitable[None]],
+        outbox: Outbox,
+        executor: Executor,
+        most: int,
+        metrics: Metrics,
     ) -> None:
         self._write = write
         self._outbox = outbox
         self._executor = executor
+        self._metrics = metrics
         self._room = _ROOM if outbox.chunks else most
 
     async def write(self, op: Op) -> str:
@@ -42,6 +50,8 @@ class AnswerWriter:
                 reply = await op.way.reply()
             except Fault as error:
                 fault = fault or error
+                if op.over is not None and fault.reason is Reason.SESSION_BUDGET:
+                    fault = op.over()
             except WorkerLost:
                 await until_told()
                 raise
@@ -49,12 +59,31 @@ class AnswerWriter:
             assert fault is not None
             if op.job is not None:
                 fault.field = wire_path(fault.field, op.job)
-            frame = pb.SessionResponse(op=op.number, status=status.op_status(fault))
-            await self._write(frame.SerializeToString())
-            return str(status.grpc_code(fault.reason).name)
+            request = op.request
+            answered = status.op_status(fault, "" if request is None else request.id)
+            await self._write(pb.SessionResponse(op=op.number, status=answered).SerializeToString())
+            code = str(status.grpc_code(fault.reason).name)
+            if request is not None and request.span is not None:
+                request.span.end(code, fault.reason.value)
+            return code
         with reply:
+            # Before the answer is on its way, so that whoever has it finds it counted.
+            self._count(op, reply)
             await self._write_reply(op, reply)
+            if op.way is not None and op.request is not None and op.request.span is not None:
+                tracking.computed(op.request.span, reply.timings, op.way.worker)
+                op.request.span.end("OK")
         return "OK"
+
+    def _count(self, op: Op, reply: Reply) -> None:
+        outcome = reply.outcome
+        if isinstance(outcome, BatchOutcome) or outcome.health is None:
+            return
+        trace_id = "" if op.request is None else op.request.trace_id
+        if isinstance(outcome, ops.SessionOutcome):
+            self._metrics.health(outcome.model, outcome.health, outcome.limits, trace_id)
+        elif op.job is not None:
+            self._metrics.health(op.job.model, outcome.health, op.limits, trace_id)
 
     async def _write_reply(self, op: Op, reply: Reply) -> None:
         frame = pb.SessionResponse(op=op.number)

@@ -8,6 +8,7 @@ from pullback_server.faults import Fault, nearest
 from pullback_server.fleet.seam import Fleet, WorkerState
 from pullback_server.job import CheckRecord, Signature, SpecRecord, version_id
 from pullback_server.registry import Table, Version, VersionState
+from pullback_server.rpc.security import sees
 from pullback_server.rpc.signature import SignatureView
 from pullback_wire import Reason
 from pullback_wire.v1 import model_service_pb2 as pb
@@ -80,7 +81,7 @@ class Catalogue:
                 Reason.MODEL_NOT_FOUND, f"no version of model {name!r} is in service: {self.table.faults[name]}", named
             )
         if not known:
-            text = "it is empty" if not name else nearest(name, self.names())
+            text = "it is empty" if not name else nearest(name, filter(sees, self.names()))
             return Fault(Reason.MODEL_NOT_FOUND, f"no model is called {name!r}; {text}", named)
         found = known.get(number) if number else next(reversed(known.values()))
         if found is not None and self._shown(name, found)[0] is VersionState.LOADING:

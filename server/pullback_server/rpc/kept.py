@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.security import caller
 from pullback_server.rpc.signature import SignatureView
 
 
@@ -19,7 +20,8 @@ class Kept:
         self._held: set[tuple[str, str]] = set()
 
     def find(self, name: str, version: str, field: str = "") -> SignatureView:
-        """Raises Fault as `Catalogue.find`."""
+        """Raises Fault as `Catalogue.find`, and PERMISSION_DENIED for a model that is not the caller's."""
+        caller().need_model(name, f"{field}model" if field else "name")
         view = self._views.get((name, version))
         if view is not None:
             return view

@@ -11,9 +11,9 @@ from google.protobuf.message import Message
 
 from pullback_server import ops
 from pullback_server.faults import Fault
-from pullback_server.job import Job, LossCall, TensorRef
+from pullback_server.job import HealthRecord, Job, LossCall, TensorRef
 from pullback_server.rpc.kept import Kept
-from pullback_server.rpc.request import Translator, loss_of, loss_options, train_of
+from pullback_server.rpc.request import LARGEST_OPTIONS, Translator, loss_of, loss_options, train_of
 from pullback_wire import Reason, TensorReader
 from pullback_wire.operations import OPERATIONS
 from pullback_wire.v1 import session_service_pb2 as pb
@@ -21,6 +21,8 @@ from pullback_wire.v1 import tensor_pb2
 
 #: Handles are unsigned 64-bit numbers that msgpack and Python know as they are; some room is left to count on.
 _LARGEST_HANDLE = 2**63
+#: How deep lists and objects of options may lie in one another; `index` takes lists of lists.
+_DEEPEST = 64
 
 
 def tensors_in(frame: pb.SessionRequest) -> Iterator[tensor_pb2.Tensor]:
@@ -72,6 +74,11 @@ class OpTranslator:
         job = self._translator.job(request, payloads)
         job.max_result_bytes = max_result_bytes
         return job
+
+    def limits(self, frame: pb.SessionRequest) -> HealthRecord:
+        """What is said of the health of a stateless op's model, as a request names it. Raises Fault."""
+        request: Any = stateless_request(frame)
+        return self._translator.signature(request.function.model, request.function.version).health
 
     def op(self, frame: pb.SessionRequest, payloads: Sequence[memoryview]) -> ops.Op:
         """Raises Fault or WireError."""
@@ -137,6 +144,7 @@ class OpTranslator:
                 loss_of(function, view),
                 train_of(function),
                 function.seed if function.HasField("seed") else None,
+                function.detect_anomaly,
             )
         if kind == "loss":
             return ops.Loss(LossCall(call.loss.name, loss_options(call.loss), dict(call.loss.bindings)))
@@ -167,6 +175,7 @@ class OpTranslator:
             batched=grad.is_grads_batched,
             fetch=list(grad.fetch),
             fetch_below=max(grad.fetch_below, 0),
+            detect_anomaly=grad.detect_anomaly,
         )
 
 
@@ -235,6 +244,12 @@ def _operand(operand: pb.Operand, reader: TensorReader, field: str) -> ops.Opera
 def _options(text: str) -> dict[str, Any]:
     if not text:
         return {}
+    if len(text) > LARGEST_OPTIONS:
+        raise Fault(
+            Reason.BAD_OPTION,
+            f"call.options_json has {len(text)} characters, at most {LARGEST_OPTIONS} are allowed",
+            "call.options_json",
+        )
     try:
         options = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -253,13 +268,15 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON; write it as {{'float': ...}}")
 
 
-def _check_numbers(value: Any) -> None:
-    """Numbers have to cross to the worker, where integers have 64 bits."""
+def _check_numbers(value: Any, depth: int = 0) -> None:
+    """What crosses to the worker has integers of 64 bits, and does not nest until a stack is at its end."""
+    if depth > _DEEPEST:
+        raise Fault(Reason.BAD_OPTION, f"call.options_json nests deeper than {_DEEPEST} levels", "call.options_json")
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for one in value:
-            _check_numbers(one)
+            _check_numbers(one, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise Fault(Reason.BAD_OPTION, "call.options_json holds a number too large for a double", "call.options_json")
     elif isinstance(value, int) and not -(2**63) <= value < 2**64:

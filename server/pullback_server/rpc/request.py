@@ -30,6 +30,11 @@ Request: TypeAlias = (
 )
 
 
+#: Bytes of a loss's options, and of an operation's: they are a handful of numbers and words, which cost far more than
+#: their bytes to read.
+LARGEST_OPTIONS = 64 << 10
+
+
 @dataclass(frozen=True)
 class ResultLimits:
     """What one call may ask for: bytes of results, and cotangents at once."""
@@ -87,6 +92,7 @@ class Translator:
             max_norm=None,
             max_result_bytes=self._limits.bytes,
             max_cotangents=self._limits.cotangents,
+            detect_anomaly=function.detect_anomaly,
         )
         self._derivative(job, request, reader, view)
         reader.finish()
@@ -204,6 +210,12 @@ def loss_options(loss: function_pb2.Loss) -> dict[str, Any]:
     """A loss's options. Raises Fault for numbers that are none."""
     if not loss.HasField("options"):
         return {}
+    if (size := loss.options.ByteSize()) > LARGEST_OPTIONS:
+        raise Fault(
+            Reason.BAD_OPTION,
+            f"function.loss.options has {size} bytes, at most {LARGEST_OPTIONS} are allowed",
+            "function.loss.options",
+        )
     try:
         return json_format.MessageToDict(loss.options)
     # What a Struct can hold and JSON cannot: NaN and infinities.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pullback_server import ops
+from pullback_server import ops, tracking
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import Upload, WorkerLost
-from pullback_server.job import FaultRecord, Job
+from pullback_server.job import FaultRecord, HealthRecord, Job
 from pullback_server.rpc import status
 from pullback_server.rpc.ops import OpTranslator, handles_of, tensors_in
+from pullback_server.rpc.security import SessionUse
 from pullback_server.rpc.transfers import Inbox
 from pullback_server.scheduling import OnItsWay, Pinned
+from pullback_server.tracking import Request
 from pullback_wire import Reason, WireError
 from pullback_wire.v1 import session_service_pb2 as pb
 
@@ -27,7 +29,8 @@ class Op:
     """An op from its arrival until its answer is written.
 
     kind: "put", "call", ... bytes: of its payloads. job: of a stateless op. fault: why it was refused on its way.
-    way: absent where the worker need not know of it.
+    way: absent where the worker need not know of it. request: what logs and traces know it as.
+    over: what it failed with when its session's budget, cut by a quota, does not suffice.
     """
 
     number: int
@@ -38,17 +41,24 @@ class Op:
     fault: Fault | None = None
     arrived: float = field(default_factory=time.monotonic)
     job: Job | None = None
+    limits: HealthRecord | None = None
     way: OnItsWay | None = None
+    request: Request | None = None
+    over: Callable[[], Fault] | None = None
 
 
 class Sender:
-    """Translates ops and posts them. budget, max_result_bytes: see ops.SessionJob. seconds: an op may wait and take."""
+    """Translates ops and posts them.
+
+    use: may cut the budget. budget, max_result_bytes: see ops.SessionJob. seconds: an op may wait and take.
+    """
 
     def __init__(
         self,
         pinned: Pinned,
         inbox: Inbox,
         translator: OpTranslator,
+        use: SessionUse,
         budget: int,
         max_result_bytes: int,
         seconds: float,
@@ -56,6 +66,7 @@ class Sender:
         self._pinned = pinned
         self._inbox = inbox
         self._translator = translator
+        self._use = use
         self._budget = budget
         self._max_result_bytes = max_result_bytes
         self._seconds = seconds
@@ -66,6 +77,13 @@ class Sender:
 
     async def send(self, op: Op) -> None:
         """Returns when the op is on its way, or has failed. Raises Fault when the session cannot go on."""
+        session = tracking.current()
+        if session is not None:
+            op.request = session.op(op.number, op.kind)
+        with tracking.as_of(op.request):
+            await self._send(op)
+
+    async def _send(self, op: Op) -> None:
         frame = op.frame
         uploads: list[Upload] = []
         job: Job | ops.SessionJob
@@ -75,6 +93,7 @@ class Sender:
             payloads = self._with_uploads(frame, op.payloads, uploads)
             if op.kind == "stateless":
                 job = op.job = self._translator.stateless(frame, payloads, self._max_result_bytes)
+                op.limits = self._translator.limits(frame)
             else:
                 job = self._job(op, self._translator.op(frame, payloads))
             self._check_held(job)
@@ -91,12 +110,15 @@ class Sender:
                 upload.drop()
 
     def _job(self, op: Op, what: ops.Op) -> ops.SessionJob:
+        budget = self._use.budget(self._budget)
+        if budget < self._budget:
+            op.over = self._use.usage.retained
         return ops.SessionJob(
             session=self._pinned.seat.session,
             number=op.number,
             release=list(op.frame.release),
             op=what,
-            budget=self._budget,
+            budget=budget,
             max_result_bytes=self._max_result_bytes,
         )
 

@@ -12,6 +12,8 @@ from pullback_wire import Reason, dtype_name
 from pullback_wire.dtypes import COMPLEX, FLOATING
 
 _DIFFERENTIABLE = FLOATING | COMPLEX
+#: Patterns of one request that have to be held against every name, and characters of one.
+_MOST_GLOBS, _LONGEST_GLOB = 256, 1024
 _PREFIXES = {"input": "input", "param": "param", "target": "target"}
 
 
@@ -95,10 +97,16 @@ class SignatureView:
                 )
             return everything
         found: dict[tuple[str, str], Wrt] = {}
+        seen: set[str] = set()
+        globs = 0
         for index, pattern in enumerate(patterns):
             # Overlapping globs are handy; one pattern written twice is a slip.
-            if pattern in patterns[:index]:
+            if pattern in seen:
                 raise Fault(Reason.BAD_NAME, f"{field} names {pattern!r} twice", f"{field}[{index}]")
+            seen.add(pattern)
+            if any(mark in pattern for mark in "*?["):
+                globs += 1
+                _check_glob(pattern, globs, f"{field}[{index}]")
             for wrt in self._match(pattern, dtypes, f"{field}[{index}]"):
                 found[wrt.place, wrt.name] = wrt
         return list(found.values())
@@ -146,3 +154,13 @@ class SignatureView:
         ambiguous = name in self.inputs and name in self.parameters
         label = f"{place}:{name}" if ambiguous or place == "target" else name
         return Wrt(place, name, label)  # type: ignore[arg-type]
+
+
+def _check_glob(pattern: str, count: int, field: str) -> None:
+    """Raises Fault (BAD_NAME) where it would take long to hold a request's patterns against all names."""
+    if count > _MOST_GLOBS:
+        raise Fault(Reason.BAD_NAME, f"there are more than {_MOST_GLOBS} patterns; name what you mean", field)
+    if len(pattern) > _LONGEST_GLOB:
+        raise Fault(
+            Reason.BAD_NAME, f"a pattern has {len(pattern)} characters, at most {_LONGEST_GLOB} are allowed", field
+        )

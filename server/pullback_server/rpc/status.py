@@ -54,20 +54,24 @@ def clip(text: str) -> str:
     return f"{beginning} ... {_affordable(reversed(text), _END)[::-1]}"
 
 
-def details(fault: Fault) -> bytes:
+def details(fault: Fault, request_id: str = "") -> bytes:
     """A serialised google.rpc.Status: ErrorInfo always, BadRequest for a named field, RetryInfo for a retry time."""
     message = clip(fault.message)
-    whole = status_pb2.Status(code=int(fault.reason.code), message=message, details=_details(fault, message))
+    whole = status_pb2.Status(
+        code=int(fault.reason.code), message=message, details=_details(fault, message, request_id)
+    )
     return bytes(whole.SerializeToString())
 
 
-def op_status(fault: Fault) -> session_service_pb2.OpStatus:
+def op_status(fault: Fault, request_id: str = "") -> session_service_pb2.OpStatus:
     """The same, for an op of a session."""
     message = clip(fault.message)
-    return session_service_pb2.OpStatus(code=int(fault.reason.code), message=message, details=_details(fault, message))
+    return session_service_pb2.OpStatus(
+        code=int(fault.reason.code), message=message, details=_details(fault, message, request_id)
+    )
 
 
-def _details(fault: Fault, message: str) -> list[Any]:
+def _details(fault: Fault, message: str, request_id: str) -> list[Any]:
     packed: list[Any] = []
 
     def pack(detail: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
@@ -75,7 +79,10 @@ def _details(fault: Fault, message: str) -> list[Any]:
         holder.Pack(detail)
         packed.append(holder)
 
-    pack(error_details_pb2.ErrorInfo(reason=fault.reason.value, domain=ERROR_DOMAIN))
+    info = error_details_pb2.ErrorInfo(reason=fault.reason.value, domain=ERROR_DOMAIN)
+    if request_id:
+        info.metadata["request_id"] = request_id
+    pack(info)
     if fault.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=_affordable(fault.field, 200), description=message

@@ -16,9 +16,10 @@ import grpc
 from pullback_server.faults import Fault
 from pullback_server.rpc.answers import AnswerWriter
 from pullback_server.rpc.ops import OpTranslator
+from pullback_server.rpc.security import SessionUse
 from pullback_server.rpc.sending import Op, Sender
 from pullback_server.rpc.transfers import LARGEST_CHUNK, WINDOW, Inbox, Outbox, ProtocolBreach
-from pullback_server.scheduling import Pinned, Scheduler
+from pullback_server.scheduling import Pinned
 from pullback_server.telemetry import Metrics
 from pullback_wire import Reason, decode
 from pullback_wire.v1 import session_service_pb2 as pb
@@ -29,7 +30,8 @@ MAX_OP_BYTES = 512 << 20
 #: Ops that were sent and whose answers are not written: no more are sent until some are, so that a client which does
 #: not read holds only so many results in the worker.
 _MAX_UNWRITTEN = 64
-#: A session without an op for this part of the time that a server has to shut down, or so many seconds, ends early.
+#: A session that holds nothing and has no op for this part of the time that a server has to shut down, or so many
+#: seconds, ends early.
 _QUIET_PART = 0.1
 _QUIET = 2.0
 
@@ -60,9 +62,9 @@ class Stream:
         opening: pb.OpenSession,
         options: SessionOptions,
         translator: OpTranslator,
-        scheduler: Scheduler,
         metrics: Metrics,
         executor: Executor,
+        use: SessionUse,
     ) -> None:
         self._context = context
         self._pinned = pinned
@@ -70,13 +72,14 @@ class Stream:
         self._metrics = metrics
         #: Bytes that the session may hold.
         self.budget = options.budget_bytes or pinned.worker.memory // 4
-        self._scheduler = scheduler
-        self._inbox = Inbox(pinned.seat, scheduler, self.budget)
+        use.retained = lambda: pinned.seat.retained
+        self._use = use
+        self._inbox = Inbox(pinned.seat, use, self.budget)
         self._outbox = Outbox(self._write, opening.chunk_threshold or LARGEST_CHUNK, opening.credit_bytes)
         most = options.max_message_bytes
-        self._writer = AnswerWriter(self._write, self._outbox, executor, most)
+        self._writer = AnswerWriter(self._write, self._outbox, executor, most, metrics)
         results = 2**62 if self._outbox.chunks else most
-        self._sender = Sender(pinned, self._inbox, translator, self.budget, results, options.max_call_seconds)
+        self._sender = Sender(pinned, self._inbox, translator, use, self.budget, results, options.max_call_seconds)
         self._writing = asyncio.Lock()
         #: Read and not sent; sent and not written.
         self._ops: deque[Op] = deque()
@@ -89,10 +92,15 @@ class Stream:
         self._latest = 0
         self._to_grant = 0
         self._nudge = asyncio.Event()
+        self._leave = asyncio.Event()
+        self._told = False
+        self._dismissed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leaving: pb.GoAway | None = None
         self._leave_at = float("inf")
         self._quiet = _QUIET
         self._heard = self._wrote = self._busy = time.monotonic()
+        #: Since when a frame has been waiting for the client to read.
+        self._pushing = float("inf")
 
     async def serve(self, first: int) -> None:
         """Until the client ends the session. first: number of the op that opened it.
@@ -101,28 +109,28 @@ class Stream:
         WireError.
         """
         self._latest = first
-        work = [self._read_all(), self._send_all(), self._write_all(), self._keep()]
+        work = [self._read_all(), self._send_all(), self._write_all(), self._keep(), self._watch()]
         tasks: list[asyncio.Future[Any]] = [asyncio.create_task(one) for one in work]
-        _, _, writer, _ = tasks
+        _, _, writer, *_ = tasks
         lost = asyncio.ensure_future(self._lost())
         try:
             # The writer ends when everything that was read has been answered.
-            waiting = {*tasks, lost}
+            waiting = {*tasks, lost, self._dismissed}
             while not writer.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
         finally:
-            for task in (*tasks, lost):
+            for task in (*tasks, lost, self._dismissed):
                 task.cancel()
-            await asyncio.gather(*tasks, lost, return_exceptions=True)
+            await asyncio.gather(*tasks, lost, self._dismissed, return_exceptions=True)
             for op in self._answers:
                 if op.way is not None:
                     op.way.give_up()
             self._inbox.close()
-            scheduler, self._op_bytes = self._scheduler, 0
+            self._op_bytes = 0
             for op in self._ops:
-                scheduler.forget_upload(op.bytes)
+                self._use.forget_upload(op.bytes)
 
     def go_away(self, seconds: float, reason: str) -> None:
         """Tells the client how long the session has left."""
@@ -131,6 +139,12 @@ class Stream:
         self._leave_at = time.monotonic() + seconds
         self._quiet = min(_QUIET, seconds * _QUIET_PART)
         self._nudge.set()
+        self._leave.set()
+
+    def end(self, fault: Fault) -> None:
+        """Ends the session with a fault, whatever it is doing."""
+        if not self._dismissed.done():
+            self._dismissed.set_exception(fault)
 
     async def _lost(self) -> None:
         await asyncio.shield(self._pinned.seat.lost)
@@ -144,7 +158,7 @@ class Stream:
             if data is grpc.aio.EOF:
                 break
             self._heard = time.monotonic()
-            frame, payloads = decode(pb.SessionRequest, data)
+            frame, payloads = decode(pb.SessionRequest, data, bounded=True)
             kind = frame.WhichOneof("frame")
             if kind == "chunk":
                 self._to_grant += self._inbox.take(frame.chunk, payloads)
@@ -189,7 +203,7 @@ class Stream:
             )
         else:
             try:
-                self._scheduler.admit_upload(size)
+                self._use.admit_op(kind, size)
             except Fault as fault:
                 refused = fault
         if refused is not None:
@@ -224,7 +238,7 @@ class Stream:
             await self._sender.send(op)
         finally:
             self._op_bytes -= op.bytes
-            self._scheduler.forget_upload(op.bytes)
+            self._use.forget_upload(op.bytes)
             op.payloads, op.bytes = (), 0
         self._answers.append(op)
         self._answer_came.set()
@@ -247,10 +261,13 @@ class Stream:
 
     async def _write(self, data: bytes) -> None:
         async with self._writing:
+            self._pushing = time.monotonic()
+            self._use.usage.sent(len(data))
             await self._context.write(data)
+            self._pushing = float("inf")
         self._wrote = time.monotonic()
 
-    # Credits, heartbeats, and the end of those that keep silent.
+    # Credits and heartbeats.
 
     async def _keep(self) -> None:
         options = self._options
@@ -266,9 +283,20 @@ class Stream:
             if self._leaving is not None:
                 leaving, self._leaving = self._leaving, None
                 await self._write(pb.SessionResponse(go_away=leaving).SerializeToString())
-            now = time.monotonic()
-            if now - self._wrote >= beat:
+                self._told = True
+            if time.monotonic() - self._wrote >= beat:
                 await self._write(pb.SessionResponse(heartbeat=pb.Heartbeat()).SerializeToString())
+
+    def _pause(self, beat: float) -> float:
+        """Seconds until something is to be written, if nothing nudges."""
+        return max(self._wrote + beat - time.monotonic(), 0.05)
+
+    # The end of those that keep silent. Nothing here writes: a client that does not read holds up whoever does.
+
+    async def _watch(self) -> None:
+        options = self._options
+        while True:
+            now = time.monotonic()
             idle = now - self._busy if not (self._ops or self._answers) else 0.0
             if now - self._heard >= options.heartbeat_seconds:
                 raise Fault(
@@ -276,13 +304,26 @@ class Stream:
                 )
             if idle >= options.idle_seconds:
                 raise Fault(Reason.SESSION_LOST, f"the session was idle for {options.idle_seconds:g} s")
-            if now >= self._leave_at or (self._leave_at < float("inf") and idle >= self._quiet):
+            if now - min(self._pushing, self._outbox.waiting) >= options.idle_seconds:
+                raise Fault(
+                    Reason.SESSION_LOST, f"the client has not read what it is sent for {options.idle_seconds:g} s"
+                )
+            # What holds nothing loses nothing; a graph is kept for as long as was promised.
+            spare = self._told and not self._pinned.seat.live
+            if now >= self._leave_at or (spare and idle >= self._quiet):
                 raise Fault(Reason.SESSION_LOST, "the server is shutting down")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._due() - time.monotonic()):
+                    await self._leave.wait()
+                self._leave.clear()
 
-    def _pause(self, beat: float) -> float:
-        """Seconds until something may be due."""
+    def _due(self) -> float:
+        """When somebody may have kept silent for too long."""
+        options = self._options
+        since = min(self._busy, self._pushing, self._outbox.waiting)
+        due = min(self._heard + options.heartbeat_seconds, since + options.idle_seconds, self._leave_at)
         now = time.monotonic()
-        due = min(self._wrote + beat, self._busy + self._options.idle_seconds, self._leave_at)
         if self._leave_at < float("inf"):
             due = min(due, now + 0.1)
-        return max(due - now, 0.05)
+        # What waits for an answer is busy, however long ago it was sent.
+        return max(due, now + 0.05)

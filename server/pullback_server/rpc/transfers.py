@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -150,6 +151,8 @@ class Outbox:
         self._threshold = threshold
         self._credit = credit
         self.chunks = credit > 0
+        #: Since when a chunk has been waiting for credit.
+        self.waiting = float("inf")
         self._more = asyncio.Event()
         self._count = 0
 
@@ -181,9 +184,12 @@ class Outbox:
         size = len(payload)
         for offset in range(0, size, CHUNK):
             data = payload[offset : offset + CHUNK]
-            while self._credit < len(data):
-                self._more.clear()
-                await self._more.wait()
+            if self._credit < len(data):
+                self.waiting = time.monotonic()
+                while self._credit < len(data):
+                    self._more.clear()
+                    await self._more.wait()
+                self.waiting = float("inf")
             self._credit -= len(data)
             frame = pb.SessionResponse(chunk=pb.Chunk(transfer=transfer, offset=offset, size=size))
             await self._write(encode(frame.SerializeToString(), [data]))

@@ -1,4 +1,4 @@
-"""What every unary call has in common: deadline, metrics, and faults that become statuses."""
+"""What every unary call has in common: deadline, metrics, its entry in the journal, and faults that become statuses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import grpc
 
 from pullback_server.faults import Fault
 from pullback_server.rpc import status
-from pullback_server.rpc.access import Metadata
-from pullback_server.rpc.origin import origin_of
+from pullback_server.rpc.journal import Computed, Journal
+from pullback_server.rpc.origin import origin_of, told
 from pullback_server.scheduling import NOBODY, Origin
 from pullback_server.telemetry import Metrics
 from pullback_wire import Method
@@ -24,13 +24,17 @@ class Call:
 
     deadline: on the time.monotonic clock; the caller's, or the server's own longest.
     model: set by the handler as soon as it knows; a caller's word, so not fit for a label as it stands.
-    origin: whose call it is. metadata: tells what came along.
+    origin: whose call it is.
+    began: when it came, on the same clock. trace_id: of the trace that records it, for exemplars, or empty.
+    computed: set by the handler: where it was computed and where its time went.
     """
 
     deadline: float
     model: str = ""
     origin: Origin = NOBODY
-    metadata: Callable[[], Metadata | None] = lambda: None
+    began: float = 0.0
+    trace_id: str = ""
+    computed: Computed | None = None
 
 
 Handler = Callable[[Method, bytes, Call], Awaitable[bytes]]
@@ -39,13 +43,12 @@ Handler = Callable[[Method, bytes, Call], Awaitable[bytes]]
 class Unary:
     """Makes gRPC method handlers of `Handler`s. Requests and answers are raw bytes.
 
-    label: the metric label for a model's name as a caller gave it.
     longest: seconds that a call without a deadline may take.
     """
 
-    def __init__(self, metrics: Metrics, label: Callable[[str], str], longest: float) -> None:
+    def __init__(self, metrics: Metrics, journal: Journal, longest: float) -> None:
         self._metrics = metrics
-        self._label = label
+        self._journal = journal
         self._longest = longest
 
     def method_handler(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler:
@@ -58,15 +61,17 @@ class Unary:
         async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
             began = time.monotonic()
             received.inc(len(data))
-            in_flight.inc()
             # What it stays if the caller goes away, which arrives here as CancelledError.
             code = grpc.StatusCode.CANCELLED
-            call = Call(began + self._seconds(context))
+            metadata = told(context)
+            entry = self._journal.open(method.service, name, metadata, began)
+            in_flight.inc()
+            call = Call(began + self._seconds(context), began=began, trace_id=entry.sampled_trace)
             fault: Fault | None = None
             result = b""
             try:
-                call.origin = origin_of(context)
-                call.metadata = context.invocation_metadata
+                entry.check()
+                call.origin = origin_of(context, metadata)
                 result = await handler(method, data, call)
                 code = grpc.StatusCode.OK
             except asyncio.CancelledError:
@@ -77,9 +82,18 @@ class Unary:
             finally:
                 # Before the answer is on its way, so that whoever has it finds it counted.
                 in_flight.dec()
-                metrics.call(name, self._label(call.model), code.name, time.monotonic() - began)
+                entry.close(
+                    code.name,
+                    fault,
+                    model=call.model,
+                    caller=call.origin.caller,
+                    received=len(data),
+                    sent=len(result),
+                    computed=call.computed,
+                )
             if fault is not None:
-                await context.abort(code, status.clip(fault.message), ((status.DETAILS_KEY, status.details(fault)),))
+                await entry.abort(context, fault)
+            context.set_trailing_metadata(entry.trailers(call.computed))
             sent.inc(len(result))
             return result
 

@@ -16,11 +16,14 @@ from pullback_server.registry import Curator, UploadStore
 from pullback_server.registry.incoming import Incoming
 from pullback_server.registry.threads import to_end_or_undone
 from pullback_server.rpc import status
-from pullback_server.rpc.access import Access
 from pullback_server.rpc.catalogue import Catalogue
 from pullback_server.rpc.interruptible import Interruptible
+from pullback_server.rpc.journal import Journal
+from pullback_server.rpc.origin import told
+from pullback_server.rpc.security import caller
 from pullback_server.telemetry import Metrics
-from pullback_wire import Reason, decode
+from pullback_wire import MODEL_METHODS, Reason
+from pullback_wire.framing import parse
 from pullback_wire.v1 import model_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -40,13 +43,13 @@ class UploadHandler:
         catalogue: Catalogue,
         curator: Curator,
         store: UploadStore | None,
-        access: Access,
         metrics: Metrics,
+        journal: Journal,
     ) -> None:
+        self._journal = journal
         self._catalogue = catalogue
         self._curator = curator
         self._store = store
-        self._access = access
         self._metrics = metrics
         self._uploads = Interruptible()
 
@@ -64,8 +67,10 @@ class UploadHandler:
         in_flight.inc()
         code = grpc.StatusCode.CANCELLED
         fault: Fault | None = None
+        entry = self._journal.open(MODEL_METHODS["GetModel"].service, _NAME, told(context), began)
         answer, model = b"", ""
         try:
+            entry.check()
             header = await self._uploads.result(self._header(context))
             model = header.model
             answer = await self._uploads.result(self._upload(header, context))
@@ -80,9 +85,10 @@ class UploadHandler:
             if fault is not None:
                 code = status.grpc_code(fault.reason)
             in_flight.dec()
-            self._metrics.call(_NAME, self._catalogue.label(model), code.name, time.monotonic() - began)
+            entry.close(code.name, fault, model=model, sent=len(answer))
         if fault is not None:
-            await context.abort(code, status.clip(fault.message), ((status.DETAILS_KEY, status.details(fault)),))
+            await entry.abort(context, fault)
+        context.set_trailing_metadata(entry.trailers(None))
         return answer
 
     async def _header(self, context: grpc.aio.ServicerContext) -> pb.UploadHeader:
@@ -92,7 +98,9 @@ class UploadHandler:
         return part.header
 
     async def _upload(self, header: pb.UploadHeader, context: grpc.aio.ServicerContext) -> bytes:
-        who = self._access.check(context.invocation_metadata() or (), "upload", header.model)
+        who = caller()
+        who.need_model(header.model, "header.model")
+        who.usage.bring(max(header.size_bytes, 0))
         store = self._store
         if store is None:
             raise Fault(Reason.ADMIN_DISABLED, "this server takes no uploads (it was started without --uploads)")
@@ -103,7 +111,9 @@ class UploadHandler:
         try:
             await self._receive(incoming, context)
             await incoming.finish()
-            logger.info("key %r uploaded version %s of model %r", who, header.version, header.model)
+            # It may have taken an hour.
+            who.recheck("upload")
+            logger.info("principal %r uploaded version %s of model %r", who.name, header.version, header.model)
             await self._curator.upload(header.model, header.version, architecture, incoming)
         finally:
             # Also what a cancelled caller leaves; of what was kept there is nothing here any more.
@@ -139,8 +149,7 @@ class UploadHandler:
             raise Fault(Reason.DEADLINE_EXCEEDED, f"nothing came for {_SILENCE:g} s") from None
         if data is grpc.aio.EOF:
             return None
-        part, _ = decode(pb.UploadWeightsRequest, data)
-        return part
+        return parse(pb.UploadWeightsRequest, data)
 
 
 def _check_header(header: pb.UploadHeader) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from pullback_server import tracking
 from pullback_server.faults import Fault
 from pullback_server.fleet.seam import BatchPending, Buffer, Reply, Worker, WorkerLost
 from pullback_server.job import Alone, Answered, Batch, BatchOutcome, FaultRecord, Outcome, Skip
@@ -56,7 +57,11 @@ class Share:
 
 
 class Merged:
-    """A batch on its way. tickets: its members, whose turn has come; their turns are done with their shares."""
+    """A batch on its way. tickets: its members, whose turn has come; their turns are done with their shares.
+
+    worker: where it is computed. rows: that are computed at once; 0: none, or it is not known yet.
+    request: what logs and traces know it as.
+    """
 
     def __init__(self, tickets: Sequence[Ticket], shadow: int) -> None:
         self.tickets = tickets
@@ -68,6 +73,10 @@ class Merged:
         self._shadow = shadow
         self._pending: BatchPending | None = None
         self.task: asyncio.Task[None] | None = None
+        self.worker = ""
+        self.rows = 0
+        names: tracking.Attributes = {"pullback.model": self.first.model, "pullback.batch.calls": len(tickets)}
+        self.request = tracking.together([ticket.request for ticket in tickets], names)
 
     def forget(self) -> None:
         """Lets go of the members, which hold on to this: their bytes must not wait for the garbage collector."""
@@ -83,20 +92,32 @@ class Merged:
             way before this one's answers are.
         withdrawn: whether it has turned out meanwhile that such jobs must not be merged.
         """
+        self.worker = worker.name
+        # This task was begun by whoever made room, which need not be one of the members.
+        tracking.begin(self.request)
+        ended = ("CANCELLED", "")
         try:
-            return await self._run(worker, withdrawn, computed)
+            found = await self._run(worker, withdrawn, computed)
+            ended = ("OK", "")
+            return found
         except WorkerLost as lost:
+            ended = ("UNAVAILABLE", Reason.WORKER_LOST.value)
             self._fail(lost)
             return lost
         except Fault as error:
+            ended = (error.reason.code.name, error.reason.value)
             self._fail(error)
         except asyncio.CancelledError:
             # Nobody waits any more; or the server is going.
             self._fail(WorkerLost("the batch was given up", suspect=False))
             raise
         except Exception as error:
+            ended = ("INTERNAL", Reason.INTERNAL.value)
             self._fail(ComputeAlone(str(error)))
             raise
+        finally:
+            if self.request is not None and self.request.span is not None:
+                self.request.span.end(*ended, {"pullback.batch.rows": self.rows, "pullback.worker": self.worker})
         return None
 
     async def _run(self, worker: Worker, withdrawn: Callable[[], bool], computed: Callable[[], None]) -> Computed:
@@ -126,6 +147,14 @@ class Merged:
     def _hand_out(self, reply: Reply, withdrawn: bool) -> Computed:
         outcome = reply.outcome
         assert isinstance(outcome, BatchOutcome)
+        if outcome.merged:
+            self.rows = sum(
+                ticket.rows
+                for member, ticket in zip(outcome.members, self.tickets, strict=True)
+                if not isinstance(member, Skip)
+            )
+        if self.request is not None and self.request.span is not None:
+            tracking.computed(self.request.span, reply.timings, self.worker)
         with contextlib.ExitStack() as stack:
             # Left when the last member has been, also when there is none.
             shared = _Shared(reply)

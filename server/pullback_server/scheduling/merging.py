@@ -24,12 +24,13 @@ def mergeable(job: Job, signature: Signature) -> Mergeable | None:
     """How a job may be merged with others; None: not at all.
 
     Never merged: what is seeded, in train mode, has parameters of its own or differentiates by parameters or targets
-    (their gradients are sums over rows), has many cotangents, or brings as many rows as one computation should have.
+    (their gradients are sums over rows), has many cotangents, looks for anomalies, or brings as many rows as one
+    computation should have.
     """
     batch, axis = signature.batch, signature.batch_axis
     if batch.max_rows < 2 or axis is None or job.kind not in _KINDS:
         return None
-    if job.train or job.seed is not None or job.parameters or job.batched or not job.inputs:
+    if job.train or job.seed is not None or job.parameters or job.batched or not job.inputs or job.detect_anomaly:
         return None
     if any(wrt.place != "input" for wrt in job.wrt) or any(ref.name not in batch.inputs for ref in job.inputs):
         return None

@@ -52,11 +52,12 @@ class Pinned:
 
 
 class OnItsWay:
-    """An op that was sent. It has its place until it is answered or `give_up` is called."""
+    """An op that was sent. It has its place until it is answered or `give_up` is called. worker: where it went."""
 
     def __init__(self, scheduler: Scheduler, worker: Worker, ticket: Ticket, pending: Pending) -> None:
         self._scheduler = scheduler
         self._ticket = ticket
+        self.worker = worker.name
         self._worker: Worker | None = worker
         self._pending = pending
         # The place goes to others as soon as the op is computed, however long its answer is on its way.

@@ -18,6 +18,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pullback_server import tracking
 from pullback_server.fleet.seam import Buffer, Worker
 from pullback_server.job import Job
 
@@ -43,7 +44,7 @@ class Ticket:
 
     __slots__ = (
         "arrived", "came", "cost", "deadline", "inside", "job", "kind", "lane", "model", "number", "origin",
-        "payloads", "rerun", "rows", "size", "tag", "turn", "waiting",
+        "payloads", "request", "rerun", "rows", "size", "tag", "turn", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +73,8 @@ class Ticket:
         #: Whether it is a call that was computed in vain before.
         self.rerun = False
         self.payloads = payloads
+        #: For which it was made.
+        self.request = tracking.current()
         self.rows = rows
         self.size = size
         self.tag = -1.0

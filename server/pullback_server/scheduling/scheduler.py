@@ -23,6 +23,7 @@ from pullback_server.scheduling.places import Places
 from pullback_server.scheduling.policy import Policy, Tally
 from pullback_server.scheduling.quarantine import VICTIMS, Quarantine
 from pullback_server.scheduling.queue import NOBODY, FairQueue, Lane, Origin, Ticket, computations
+from pullback_server.tracking import Request
 from pullback_wire import Reason
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,17 @@ _LOOK_AGAIN = 0.05
 
 @dataclass
 class Scheduled:
-    """A computed job and how long it had waited, in seconds."""
+    """A computed job and how long it had waited, in seconds.
+
+    worker: where it was computed. rows: of the computation, where it was merged with others; else 0.
+    batch: what that computation is known as.
+    """
 
     reply: Reply | MemberReply
     queued: float
+    worker: str = ""
+    rows: int = 0
+    batch: Request | None = None
 
 
 class Scheduler:
@@ -274,7 +282,8 @@ class Scheduler:
             queued += time.monotonic() - since
             try:
                 if isinstance(turn, Share):
-                    return Scheduled(await turn.reply(), queued)
+                    merged = turn.batch
+                    return Scheduled(await turn.reply(), queued, merged.worker, merged.rows, merged.request)
                 try:
                     reply = await turn.run(job, payloads, ticket.deadline, self._obituary(job, payloads))
                 finally:
@@ -284,7 +293,7 @@ class Scheduler:
                 self._queue.settle(ticket, seconds)
                 if splits := getattr(reply.outcome, "splits", 0):
                     self._tally.split(job.model, splits)
-                return Scheduled(reply, queued)
+                return Scheduled(reply, queued, turn.name)
             except ComputeAlone:
                 pass
             except WorkerLost as lost:

@@ -1,199 +1,81 @@
-"""Every metric, declared here and nowhere else.
-
-Labels are bounded: method names, names of hosted models ("" where a request names none that is hosted), status codes,
-stages, worker states. Never ids, keys or addresses.
-"""
+"""`Metrics`: the metrics of one server, and how the rest of the house counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
-#: Upper bounds in seconds, from a small model on a quiet machine to minutes of simulation.
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
+from pullback_server.job import Health, HealthRecord
+from pullback_server.telemetry import declarations as names
+from pullback_server.telemetry.collectors import Expiry, Reading, Watched
 
-
-#: Upper bounds of the rows of a batch.
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-
-class _Models(Collector):
-    """Read from the registry at each scrape."""
-
-    def __init__(self, states: Callable[[], Mapping[tuple[str, str], int]]) -> None:
-        self._states = states
-
-    def collect(self) -> Iterator[Metric]:
-        versions = GaugeMetricFamily(
-            "pullback_model_versions", "Versions of each model by state.", labels=["model", "state"]
-        )
-        for labels, number in self._states().items():
-            versions.add_metric(labels, number)
-        yield versions
+#: Labels of the counters of what is no finite number.
+_WHERE_AND_KIND = (("outputs", "nan"), ("outputs", "inf"), ("gradients", "nan"), ("gradients", "inf"))
 
 
-class _Workers(Collector):
-    """Read from the fleet at each scrape, not counted twice."""
+class _OfModel:
+    """The series of one model's health. Looking them up by label takes longer than all the rest of counting."""
 
-    def __init__(
-        self, states: Callable[[], Mapping[str, int]], restarts: Callable[[], int], passed_over: Callable[[], int]
-    ) -> None:
-        self._states = states
-        self._restarts = restarts
-        self._passed_over = passed_over
-
-    def collect(self) -> Iterator[Metric]:
-        workers = GaugeMetricFamily("pullback_workers", "Worker processes by state.", labels=["state"])
-        for state, number in self._states().items():
-            workers.add_metric([state], number)
-        yield workers
-        yield CounterMetricFamily(
-            "pullback_worker_restarts", "Workers replaced since the server started.", value=self._restarts()
-        )
-        yield CounterMetricFamily(
-            "pullback_worker_passed_over",
-            "Jobs that a worker had and did not begin, since their deadline had passed or their caller had left.",
-            value=self._passed_over(),
-        )
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.norm = metrics.gradient_norm.labels(model)
+        self.zeros = metrics.gradient_zero_ratio.labels(model)
+        # They begin at zero, for an increase from nothing is none to whoever asks for a rate.
+        self.bad = [metrics.nonfinite.labels(model, *labels) for labels in _WHERE_AND_KIND]
+        self.vanishing = metrics.vanishing.labels(model)
+        self.exploding = metrics.exploding.labels(model)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own, so that two embedded servers do not mix."""
+    """The metrics of one server, in a registry of their own, so that two embedded servers do not mix.
+
+    Where a method takes a trace_id, it becomes the exemplar of what is observed; empty: none.
+    """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        # Looking children up by label takes longer than all the rest of counting.
+        registry = self.registry = CollectorRegistry()
         self._of_ops: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._of_calls: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
-        self._of_stages: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
-        self.requests = Counter(
-            "pullback_requests",
-            "Calls answered, by RPC, hosted model and gRPC status code.",
-            ["method", "model", "code"],
-            registry=self.registry,
-        )
-        self.request_seconds = Histogram(
-            "pullback_request_duration_seconds",
-            "Time from the request's arrival to its answer, by RPC and hosted model.",
-            ["method", "model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.stage_seconds = Histogram(
-            "pullback_stage_duration_seconds",
-            "Time of a successful call by stage: queue (waiting for a worker), transfer (tensors to the worker and "
-            "back), compute (forward and backward).",
-            ["stage", "model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.in_flight = Gauge(
-            "pullback_requests_in_flight", "Calls being answered, by RPC.", ["method"], registry=self.registry
-        )
-        self.received_bytes = Counter(
-            "pullback_request_bytes", "Bytes of request messages, by RPC.", ["method"], registry=self.registry
-        )
-        self.sent_bytes = Counter(
-            "pullback_response_bytes", "Bytes of response messages, by RPC.", ["method"], registry=self.registry
-        )
-        self.sessions = Gauge("pullback_sessions", "Open sessions.", registry=self.registry)
-        self.sessions_ended = Counter(
-            "pullback_sessions_ended",
-            "Sessions that have ended, by gRPC status code.",
-            ["code"],
-            registry=self.registry,
-        )
-        self.session_handles = Gauge(
-            "pullback_session_handles", "Tensors that open sessions hold on workers.", registry=self.registry
-        )
-        self.session_bytes = Gauge(
-            "pullback_session_retained_bytes",
-            "Bytes of the tensors and graphs that open sessions hold on workers.",
-            registry=self.registry,
-        )
-        self.session_ops = Counter(
-            "pullback_session_ops",
-            "Ops of sessions answered, by kind and gRPC status code.",
-            ["op", "code"],
-            registry=self.registry,
-        )
-        self.session_op_seconds = Histogram(
-            "pullback_session_op_duration_seconds",
-            "Time from an op's arrival until its answer was written, by kind.",
-            ["op"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.batch_rows = Histogram(
-            "pullback_batch_rows",
-            "Rows of computations that were merged of several calls, by model.",
-            ["model"],
-            buckets=_ROWS,
-            registry=self.registry,
-        )
-        self.merged_calls = Counter(
-            "pullback_merged_calls", "Calls computed together with others.", ["model"], registry=self.registry
-        )
-        self.unmerged_calls = Counter(
-            "pullback_unmerged_calls",
-            "Calls that were to be merged and were computed alone after all, since the merged computation failed.",
-            ["model"],
-            registry=self.registry,
-        )
-        self.memory_splits = Counter(
-            "pullback_memory_splits",
-            "How often rows were split because memory ran out.",
-            ["model"],
-            registry=self.registry,
-        )
-        self.dropped_calls = Counter(
-            "pullback_dropped_calls",
-            "Calls whose deadline passed, or whose caller left, before they were computed: in the queue, or as a part "
-            "of a batch that a worker had (see also pullback_worker_passed_over_total).",
-            ["where"],
-            registry=self.registry,
-        )
-        self.worker_deaths = Counter(
-            "pullback_worker_deaths",
-            "Workers that a call has cost, by model: it died under the call, or was ended at the hard limit (timeout).",
-            ["model", "why"],
-            registry=self.registry,
-        )
-        self.model_loads = Counter(
-            "pullback_model_loads",
-            "Versions that were loaded from a repository or an upload, by model and outcome: ready or failed.",
-            ["model", "outcome"],
-            registry=self.registry,
-        )
-        self.model_load_seconds = Histogram(
-            "pullback_model_load_duration_seconds",
-            "Time that loading a version took: copying, checking in a process apart, loading on the workers.",
-            ["model"],
-            buckets=(0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600),
-            registry=self.registry,
-        )
-        self.oldest = Gauge(
-            "pullback_queue_age_seconds",
-            "How long the call has waited for a worker that has waited longest.",
-            registry=self.registry,
-        )
-        self.queued = Gauge("pullback_queue_length", "Calls that wait for a worker.", registry=self.registry)
-        self.bytes_in_flight = Gauge(
-            "pullback_bytes_in_flight", "Bytes of tensors of the calls being computed.", registry=self.registry
-        )
+        self._of_stages: dict[tuple[str, str], Histogram] = {}
+        self._of_models: dict[str, _OfModel] = {}
+        self.requests = names.REQUESTS.counter(registry)
+        self.request_seconds = names.REQUEST_SECONDS.histogram(registry)
+        self.stage_seconds = names.STAGE_SECONDS.histogram(registry)
+        self.in_flight = names.IN_FLIGHT.gauge(registry)
+        self.received_bytes = names.RECEIVED_BYTES.counter(registry)
+        self.sent_bytes = names.SENT_BYTES.counter(registry)
+        self.gradient_norm = names.GRADIENT_NORM.histogram(registry)
+        self.gradient_zero_ratio = names.GRADIENT_ZERO_RATIO.histogram(registry)
+        self.nonfinite = names.NONFINITE_VALUES.counter(registry)
+        self.vanishing = names.GRADIENTS_VANISHING.counter(registry)
+        self.exploding = names.GRADIENTS_EXPLODING.counter(registry)
+        self.sessions_ended = names.SESSIONS_ENDED.counter(registry)
+        self.session_ops = names.SESSION_OPS.counter(registry)
+        self.session_op_seconds = names.SESSION_OP_SECONDS.histogram(registry)
+        self.batch_rows = names.BATCH_ROWS.histogram(registry)
+        self.merged_calls = names.MERGED_CALLS.counter(registry)
+        self.unmerged_calls = names.UNMERGED_CALLS.counter(registry)
+        self.memory_splits = names.MEMORY_SPLITS.counter(registry)
+        self.dropped_calls = names.DROPPED_CALLS.counter(registry)
+        self.worker_deaths = names.WORKER_DEATHS.counter(registry)
+        self.model_loads = names.MODEL_LOADS.counter(registry)
+        self.model_load_seconds = names.MODEL_LOAD_SECONDS.histogram(registry)
+        #: Label reason: a `Reason`'s value.
+        self.auth_failures = names.AUTH_FAILURES.counter(registry)
+        #: Label quota: "calls", "bytes", "sessions", "retained".
+        self.quota_refusals = names.QUOTA_REFUSALS.counter(registry)
+        for quota in ("calls", "bytes", "sessions", "retained"):
+            self.quota_refusals.labels(quota)
+        #: set(seconds since 1970); absent until then.
+        self.certificate_expiry = Expiry()
+        registry.register(self.certificate_expiry)
+        self.draining = names.DRAINING.gauge(registry)
+        self.build_info = names.BUILD_INFO.gauge(registry)
+        self.build_info.labels(own_version()).set(1)
+        ProcessCollector(registry=registry)
 
-    def session_op(self, op: str, code: str, seconds: float) -> None:
-        """An op of a session was answered."""
-        found = self._of_ops.get((op, code))
-        if found is None:
-            found = self._of_ops[op, code] = (self.session_ops.labels(op, code), self.session_op_seconds.labels(op))
-        found[0].inc()
-        found[1].observe(seconds)
-
-    def call(self, method: str, model: str, code: str, seconds: float) -> None:
+    def call(self, method: str, model: str, code: str, seconds: float, trace_id: str = "") -> None:
         """A unary call was answered. model: a hosted one's name, or empty."""
         found = self._of_calls.get((method, model, code))
         if found is None:
@@ -202,19 +84,46 @@ class Metrics:
                 self.request_seconds.labels(method, model),
             )
         found[0].inc()
-        found[1].observe(seconds)
+        found[1].observe(seconds, _exemplar(trace_id))
 
-    def stages(self, model: str, queue: float, transfer: float, compute: float) -> None:
-        """Where the time of a successful call for a hosted model went, in seconds."""
-        found = self._of_stages.get(model)
+    def stages(self, model: str, seconds: Mapping[str, float], trace_id: str = "") -> None:
+        """Where the time of a successful call for a hosted model went, by stage."""
+        exemplar = _exemplar(trace_id)
+        for stage, spent in seconds.items():
+            found = self._of_stages.get((stage, model))
+            if found is None:
+                found = self._of_stages[stage, model] = self.stage_seconds.labels(stage, model)
+            found.observe(spent, exemplar)
+
+    def session_op(self, op: str, code: str, seconds: float, trace_id: str = "") -> None:
+        """An op of a session was answered."""
+        found = self._of_ops.get((op, code))
         if found is None:
-            queues, transfers, computes = (
-                self.stage_seconds.labels(stage, model) for stage in ("queue", "transfer", "compute")
-            )
-            found = self._of_stages[model] = (queues, transfers, computes)
-        found[0].observe(queue)
-        found[1].observe(transfer)
-        found[2].observe(compute)
+            found = self._of_ops[op, code] = (self.session_ops.labels(op, code), self.session_op_seconds.labels(op))
+        found[0].inc()
+        found[1].observe(seconds, _exemplar(trace_id))
+
+    def health(self, model: str, found: Health, limits: HealthRecord | None = None, trace_id: str = "") -> None:
+        """How the numbers of a call were. model: a hosted one's name, or empty. limits: its thresholds."""
+        one = self._of_models.get(model)
+        if one is None:
+            one = self._of_models[model] = _OfModel(self, model)
+        if found.norm is not None:
+            exemplar = _exemplar(trace_id)
+            # A sum of NaN is of no use any more; neither is one of infinity, but it says so.
+            one.norm.observe(found.norm if found.norm == found.norm else float("inf"), exemplar)
+            if found.elements:
+                one.zeros.observe(found.zeros / found.elements, exemplar)
+            below, above = (None, None) if limits is None else (limits.vanishing_below, limits.exploding_above)
+            if below is not None and found.norm < below:
+                one.vanishing.inc()
+            if above is not None and not found.norm <= above:
+                one.exploding.inc()
+        # In the order of _WHERE_AND_KIND.
+        bad = (found.output_nans, found.output_infs, found.gradient_nans, found.gradient_infs)
+        if any(bad):
+            for counter, number in zip(one.bad, bad, strict=True):
+                counter.inc(number)
 
     def watch(
         self,
@@ -227,15 +136,34 @@ class Metrics:
         workers: Callable[[], Mapping[str, int]],
         sessions: Callable[[], float],
         handles: Callable[[], float],
+        graphs: Callable[[], float],
         retained: Callable[[], float],
         versions: Callable[[], Mapping[tuple[str, str], int]],
+        devices: Callable[[], Sequence[Reading]],
     ) -> None:
-        """Reads these at each scrape."""
-        self.sessions.set_function(sessions)
-        self.session_handles.set_function(handles)
-        self.session_bytes.set_function(retained)
-        self.queued.set_function(queued)
-        self.oldest.set_function(oldest)
-        self.bytes_in_flight.set_function(bytes_in_flight)
-        self.registry.register(_Workers(workers, restarts, passed_over))
-        self.registry.register(_Models(versions))
+        """Reads these at each scrape, in the scrape's own thread."""
+        single = {
+            names.SESSIONS: sessions,
+            names.SESSION_HANDLES: handles,
+            names.SESSION_GRAPHS: graphs,
+            names.SESSION_BYTES: retained,
+            names.QUEUED: queued,
+            names.QUEUE_AGE: oldest,
+            names.BYTES_IN_FLIGHT: bytes_in_flight,
+            names.WORKER_RESTARTS: restarts,
+            names.PASSED_OVER: passed_over,
+        }
+        self.registry.register(Watched(single, workers, versions, devices))
+
+
+def _exemplar(trace_id: str) -> dict[str, str] | None:
+    return {"trace_id": trace_id} if trace_id else None
+
+
+def own_version() -> str:
+    """Of this package; empty where it was never installed."""
+    try:
+        return version("pullback")
+    # Run from a checkout that was never installed.
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,310 @@
+"""Where NaN and infinity come from: what every operation is given and what it returns, while a computation runs.
+
+`Tracer` sees each operation of torch's below autograd, forward and backward alike, and keeps for the memory that holds
+numbers that are not finite which operation they began with. What is not finite is followed through everything that
+is computed from it, so that of a result it can be told where its own NaN came from, and not where any came from: a
+model may well make infinities on purpose (a mask) that never reach anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from pullback_server.engine.places import Place, Places, followed, place_of
+from pullback_server.engine.tripwire import nodes
+
+Kind = Literal["nan", "inf"]
+
+#: Operations that only take memory: what it holds is no result.
+_TAKE = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"))
+#: Operations whose first argument is written and not read.
+_OVERWRITE = frozenset(
+    (
+        "copy_",
+        "fill_",
+        "zero_",
+        "normal_",
+        "uniform_",
+        "bernoulli_",
+        "random_",
+        "exponential_",
+        "cauchy_",
+        "geometric_",
+        "log_normal_",
+    )
+)
+
+
+@dataclass(slots=True, eq=False)
+class Origin:
+    """What NaN or infinity began with.
+
+    number: of the event; the earlier the smaller.
+    source: "given" (with the call, or in the model's weights), "operation", "backward" (a node's), "constant" (put
+        there by an operation as it was told to), "unseen" (by code that is no operation of torch's).
+    what: the operation, the node, or what was given. field: of the request.
+    result: what exactly has it, in words. cause: the origin of the infinity (or NaN) that this was made of.
+    """
+
+    number: int
+    kind: Kind
+    source: Literal["given", "operation", "backward", "constant", "unseen"]
+    what: str
+    place: Place | None = None
+    field: str = ""
+    result: str = ""
+    node: Any = None
+    cause: Origin | None = None
+
+
+def kinds_of(tensor: torch.Tensor) -> tuple[Kind, ...]:
+    """What a tensor holds that is no finite number."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
+        return ()
+    with torch.no_grad():
+        values = _plain(tensor)
+        if values is None or not values.numel() or bool(values.isfinite().all()):
+            return ()
+        found: tuple[Kind, ...] = ("nan",) if bool(values.isnan().any()) else ()
+        return (*found, "inf") if bool(values.isinf().any()) else found
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The values that a tensor holds, in a dtype that can be asked; None where there is no getting at them."""
+    if tensor.layout is not torch.strided:
+        try:
+            tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
+        except RuntimeError:
+            return None
+    # torch has no isnan for the narrowest.
+    return tensor.float() if tensor.itemsize == 1 else tensor
+
+
+def described(tensor: torch.Tensor, kind: Kind) -> str:
+    """Its shape, and how many elements are not finite in this way."""
+    with torch.no_grad():
+        values = _plain(tensor)
+        assert values is not None
+        count = int((values.isnan() if kind == "nan" else values.isinf()).sum())
+    return f"shape {tuple(tensor.shape)}, {count} of {tensor.numel()} elements"
+
+
+def _key(tensor: torch.Tensor) -> int:
+    values = _plain(tensor.detach()) if tensor.layout is not torch.strided else tensor
+    return 0 if values is None else values.untyped_storage().data_ptr()
+
+
+class _Read:
+    """What an operation was given that is not finite, and the memory that it was given."""
+
+    def __init__(self) -> None:
+        self.origins: dict[Kind, list[Origin]] = {"nan": [], "inf": []}
+        self.constant = False
+        self.memory: set[int] = set()
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Finds origins while it is in force. `places` says which module runs."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places = Places()
+        self._count = 0
+        self._origins: dict[int, dict[Kind, Origin]] = {}
+        #: Memory that is known by its address must not be used again.
+        self._kept: list[torch.Tensor] = []
+        #: Memory that nothing was written to yet.
+        self._raw: set[int] = set()
+
+    def given(self, what: str, tensor: torch.Tensor, field: str = "") -> None:
+        """Something that may hold NaN or infinity already."""
+        for kind in kinds_of(tensor):
+            self._note(tensor, Origin(self._next(), kind, "given", what, field=field))
+
+    def origin(self, tensor: torch.Tensor, kind: Kind) -> Origin | None:
+        """Where what a tensor holds came from; None: nothing that was seen."""
+        return self._origins.get(_key(tensor), {}).get(kind)
+
+    @contextmanager
+    def tracing(self) -> Iterator[Tracer]:
+        """While everything that is computed is looked at."""
+        original: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+        def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            handles = [node.register_hook(self._after(node)) for node in nodes(outputs) if node.next_functions]
+            try:
+                with self.places.at(None):
+                    return original(outputs, *args, **kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        torch.autograd._engine_run_backward = run  # type: ignore[attr-defined, assignment]
+        try:
+            with followed(self.places), self:
+                yield self
+        finally:
+            torch.autograd._engine_run_backward = original  # type: ignore[attr-defined]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        name = str(func) if schema is None else schema.name
+        short = name.rpartition("::")[2]
+        read = self._read(short, schema, args, kwargs)
+        result = func(*args, **kwargs)
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        written = [one for one in _written(schema, args, kwargs) if not any(one is other for other in made)]
+        for index, tensor in enumerate((*made, *written)):
+            key = _key(tensor)
+            if key not in read.memory:
+                # Fresh; what lay at this address before is gone.
+                if short in _TAKE:
+                    self._raw.add(key)
+                else:
+                    self._raw.discard(key)
+            if short in _TAKE:
+                continue
+            for kind in kinds_of(tensor):
+                self._note(tensor, self._made(kind, name, read, index, described(tensor, kind)))
+        return result
+
+    def _read(self, short: str, schema: Any, args: Any, kwargs: Any) -> _Read:
+        found = _Read()
+        ignored = {id(one) for one in _outs(schema, kwargs)}
+        if short in _OVERWRITE and args:
+            ignored.add(id(args[0]))
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, (float, complex)):
+                found.constant |= not (math.isfinite(value.real) and math.isfinite(value.imag))
+            if not isinstance(value, torch.Tensor):
+                continue
+            key = _key(value)
+            found.memory.add(key)
+            if id(value) in ignored or (key in self._raw and key not in self._origins):
+                continue
+            for kind in kinds_of(value):
+                found.origins[kind].append(self.origin(value, kind) or self._unseen(value, kind))
+        return found
+
+    def _made(self, kind: Kind, name: str, read: _Read, index: int, result: str) -> Origin:
+        """The origin of what an operation returned."""
+        if read.origins[kind]:
+            return min(read.origins[kind], key=lambda origin: origin.number)
+        other: list[Origin] = read.origins["inf" if kind == "nan" else "nan"]
+        cause = min(other, key=lambda origin: origin.number, default=None)
+        place, node = self.places.now, None
+        if place is None:
+            node = torch._C._current_autograd_node()
+        if node is not None:
+            return Origin(
+                self._next(), kind, "backward", node.name(), place_of(node), "", f"in its {name}, {result}", node, cause
+            )
+        source: Literal["constant", "operation"] = "constant" if read.constant and cause is None else "operation"
+        return Origin(self._next(), kind, source, name, place, "", f"output {index}, {result}", None, cause)
+
+    def _unseen(self, tensor: torch.Tensor, kind: Kind) -> Origin:
+        place = self.places.now
+        node = torch._C._current_autograd_node() if place is None else None
+        what = "" if node is None else node.name()
+        place = place if node is None else place_of(node)
+        origin = Origin(self._next(), kind, "unseen", what, place, "", described(tensor, kind), node)
+        self._note(tensor, origin)
+        return origin
+
+    def _after(self, node: Any) -> Callable[..., None]:
+        """A hook for a node. It knows the node's name and place alone: else the graph would hold on to itself."""
+        name, place, clean = node.name(), place_of(node), _clean(node)
+
+        def look(gradients: Sequence[torch.Tensor | None], incoming: Sequence[torch.Tensor | None]) -> None:
+            if any(one is not None and torch._C._functorch.is_legacy_batchedtensor(one) for one in gradients):
+                return
+            with _disable_current_modes():
+                self._judge(name, place, clean, gradients, incoming)
+            if place is not None:
+                before = {one.grad_fn for one in incoming if one is not None and one.grad_fn is not None}
+                self.places.mark([one for one in gradients if one is not None], place, before)
+
+        return look
+
+    def _judge(
+        self,
+        name: str,
+        place: Place | None,
+        clean: bool,
+        gradients: Sequence[torch.Tensor | None],
+        incoming: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Which of a node's gradients has what the node made, also by code that is no operation of torch's.
+
+        clean: whether it is code of a model's own that was left nothing but finite numbers.
+        """
+        node = torch._C._current_autograd_node()
+        for index, gradient in enumerate(gradients):
+            for kind in () if gradient is None else kinds_of(gradient):
+                assert gradient is not None
+                result = f"gradient {index}, {described(gradient, kind)}"
+                origin = self.origin(gradient, kind)
+                if origin is None:
+                    known = [found for one in incoming if one is not None and (found := self.origin(one, kind))]
+                    if not known:
+                        known = [Origin(self._next(), kind, "backward", name, place, "", result, node)]
+                    self._note(gradient, min(known, key=lambda one: one.number))
+                elif origin.node is not None and origin.node is node:
+                    if (
+                        origin.source == "unseen"
+                        and clean
+                        and not any(one is not None and kinds_of(one) for one in incoming)
+                    ):
+                        # Its numbers left torch and came back.
+                        origin.source = "backward"
+                    if origin.source == "backward":
+                        origin.result = result
+
+    def _note(self, tensor: torch.Tensor, origin: Origin) -> None:
+        self._origins.setdefault(_key(tensor), {})[origin.kind] = origin
+        self._kept.append(tensor)
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+
+def _clean(node: Any) -> bool:
+    """Whether a node's backward is code of a model's own, and everything that was left for it is finite."""
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return False
+    left = [*vars(node).values()]
+    try:
+        # What was packed is not unpacked for that.
+        left += [raw.data for raw in node._raw_saved_tensors or ()]
+    # Freed, or changed in place: its backward will say so.
+    except RuntimeError:
+        return False
+    return not any(isinstance(one, torch.Tensor) and kinds_of(one) for one in left)
+
+
+def _outs(schema: Any, kwargs: Any) -> list[Any]:
+    """The arguments that are written and not read."""
+    names = [] if schema is None else [one.name for one in schema.arguments if one.is_out]
+    return [one for name in names for one in tree_leaves(kwargs.get(name)) if isinstance(one, torch.Tensor)]
+
+
+def _written(schema: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments that an operation has written to."""
+    found: list[torch.Tensor] = []
+    for index, argument in enumerate([] if schema is None else schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [one for one in tree_leaves(value) if isinstance(one, torch.Tensor)]
+    return found

@@ -1,0 +1,72 @@
+"""Health as gRPC tells it, and a port for probes alone.
+
+Kubernetes' gRPC probes speak plaintext and bring no credentials, and ask before the models are loaded; so they get a
+port of their own, on which nothing else is.
+"""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from pullback_server.rpc.decoding import Decoding
+
+_STATES = health_pb2.HealthCheckResponse
+#: Whether the event loop runs: whoever answers does. Whether calls should come here.
+LIVENESS, READINESS = "liveness", "readiness"
+
+
+class Probes:
+    """What health says of the process; `servicer` says so on the port of the other services too."""
+
+    def __init__(self) -> None:
+        self.servicer = HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    async def start(self, host: str, port: int | None) -> None:
+        """Answers from now on, with a port of its own where one is given (0: a free one).
+
+        Raises OSError where it cannot be bound.
+        """
+        await self.servicer.set(LIVENESS, _STATES.SERVING)
+        await self.ready(False)
+        if port is None:
+            return
+        self._server = grpc.aio.server(
+            interceptors=[Decoding()],
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", 4096),
+                ("grpc.max_concurrent_streams", 16),
+                ("grpc.max_allowed_incoming_connections", 256),
+                ("grpc.server_handshake_timeout_ms", 5000),
+                # A prober that leaves its connection open does not keep one of the places for ever.
+                ("grpc.max_connection_idle_ms", 60_000),
+            ]
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self.servicer, self._server)
+        self.port = bound(self._server, host, port, None)
+        await self._server.start()
+
+    async def ready(self, ready: bool) -> None:
+        """Sets whether calls should come here."""
+        await self.servicer.set(READINESS, _STATES.SERVING if ready else _STATES.NOT_SERVING)
+
+    async def close(self) -> None:
+        """Stops answering. Doing so twice is harmless."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(0)
+
+
+def bound(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    """The port on which a server will listen. Raises OSError when the address cannot be bound."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from None
