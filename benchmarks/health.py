@@ -26,6 +26,7 @@ from throughput import VJP, busy, case_of
 
 from pullback_wire import TensorWriter, encode_message
 from pullback_wire.v1 import gradient_service_pb2 as messages
+from pullback_wire.v1.function_pb2 import Function
 
 ON, OFF, SILENT = "as it is", "no health", "no health, no counting"
 SERVERS = (ON, OFF, SILENT)
@@ -49,7 +50,7 @@ def request_of(name: str, rows: int, wrt: Sequence[str]) -> bytes:
     v = torch.randn_like(factory()(x))
     writer = TensorWriter()
     message = messages.ComputeVjpRequest(
-        function={"model": name},
+        function=Function(model=name),
         inputs=[writer.add("input", x.numpy())],
         cotangents=[writer.add("output", v.numpy())],
         wrt=wrt,

@@ -12,11 +12,11 @@ import subprocess
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from serving import HERE, pullback_server
 
 import pullback as pb
@@ -47,7 +47,8 @@ def forces(caller: Caller) -> None:
 
 
 def phonons(caller: Caller) -> None:
-    caller.model("potential").hessian({"positions": SILICON, "box": np.full(3, 5.431)}, wrt="positions")
+    positions = SILICON + caller.rng.normal(0, 0.02, SILICON.shape)
+    caller.model("potential").hessian({"positions": positions, "box": np.full(3, 5.431)}, wrt="positions")
 
 
 def rush(caller: Caller) -> None:
@@ -88,7 +89,7 @@ def training(caller: Caller) -> None:
         rows = int(caller.rng.integers(8, 128))
         x = session.tensor(caller.rng.standard_normal((rows, 784), dtype=np.float32), requires_grad=True)
         y = caller.model("mlp")(x)
-        for _ in range(int(caller.rng.integers(100, 300))):
+        for _ in range(int(caller.rng.integers(200, 900))):
             v = caller.rng.standard_normal((rows, 10), dtype=np.float32)
             (gradient,) = pb.autograd.grad(y, x, v, retain_graph=True)
             assert gradient is not None
@@ -154,6 +155,15 @@ def picture(url: str, to: Path, width: int, height: int, *options: str) -> None:
                    f"--user-data-dir={folder}", "--hide-scrollbars", f"--screenshot={to}", "--virtual-time-budget=4000",
                    f"--window-size={width},{height}", *options, url]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Image.open(to) as image:
+        # Its colours are few; those that are seen most, as they are, make a file of a third of the size.
+        full = image.convert("RGB")
+        most = sorted(full.getcolors(1 << 24) or (), reverse=True)[:256]
+        palette = Image.new("P", (1, 1))
+        palette.putpalette([part for _, color in most for part in color])
+        small = full.quantize(palette=palette, dither=Image.Dither.NONE)
+    small.save(to, optimize=True)
+    print(f"wrote {to}: {to.stat().st_size >> 10} KiB")
 
 
 def main() -> None:
@@ -161,9 +171,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "page.png")
     parser.add_argument("--width", type=int, default=1240)
-    parser.add_argument("--height", type=int, default=1900)
-    parser.add_argument("--hold", action="store_true", help="keep the server until Enter is pressed")
+    parser.add_argument("--height", type=int, default=2400)
+    parser.add_argument("--dark", action="store_true", help="as those see it who prefer dark pages")
     arguments = parser.parse_args()
+    scheme = ("--blink-settings=preferredColorScheme=0",) if arguments.dark else ()
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models.py"
         models.write_text(MODELS)
@@ -171,33 +182,16 @@ def main() -> None:
         with pullback_server(str(models), *options) as server:
             ended = threading.Event()
             threads = [
-                threading.Thread(target=call, args=(work, server.target, every, 7 * index + number, ended))
+                threading.Thread(target=call, args=(work, server.target, every, 7 * index + number, ended), daemon=True)
                 for index, (work, callers, every) in enumerate(CALLERS)
                 for number in range(callers)
             ]
             for thread in threads:
                 thread.start()
+            time.sleep(arguments.seconds)
             page = server.metrics.removesuffix("metrics")
-            try:
-                ended.wait(arguments.seconds)
-                picture(page, arguments.to, arguments.width, arguments.height)
-                picture(
-                    page,
-                    Path("/tmp/w/page_dark.png"),
-                    arguments.width,
-                    arguments.height,
-                    "--blink-settings=preferredColorScheme=0",
-                )
-                picture(page, Path("/tmp/w/page_phone.png"), 500, 2600)
-                Path("/tmp/w/page_status.json").write_bytes(urllib.request.urlopen(page + "status.json").read())
-                Path("/tmp/w/page.html").write_bytes(urllib.request.urlopen(page).read())
-                print(f"wrote {arguments.to}: {arguments.to.stat().st_size >> 10} KiB")
-                if arguments.hold:
-                    input(f"{page} until Enter")
-            finally:
-                ended.set()
-                for thread in threads:
-                    thread.join()
+            picture(page, arguments.to, arguments.width, arguments.height, *scheme)
+            ended.set()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ class Authority:
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         certificate = _begun(self._name, self._name, self._key, -1, 30)
         constraints = x509.BasicConstraints(ca=True, path_length=None)
-        signed = certificate.add_extension(constraints, critical=True).sign(self._key, hashes.SHA256())
+        certificate = certificate.add_extension(constraints, critical=True)
+        # By these two of one name are told apart.
+        identifier = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
+        signed = certificate.add_extension(identifier, critical=False).sign(self._key, hashes.SHA256())
         self.pem = signed.public_bytes(serialization.Encoding.PEM)
 
     def certify(
@@ -33,7 +36,8 @@ class Authority:
         """A certificate and its key, PEM. begins, ends: days from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-        certificate = _begun(name, self._name, key, begins, ends)
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        certificate = _begun(name, self._name, key, begins, ends).add_extension(issuer, critical=False)
         names = [*map(x509.DNSName, hosts), *map(x509.UniformResourceIdentifier, uris)]
         if names:
             certificate = certificate.add_extension(x509.SubjectAlternativeName(names), critical=False)

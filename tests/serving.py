@@ -35,17 +35,27 @@ class Served:
                 stderr=log,
                 cwd=folder,
             )
-        found = None
-        until = time.monotonic() + 60
-        while found is None:
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < until, self.log.read_text()
-            time.sleep(0.05)
-            found = re.search(r"gRPC on 127\.0\.0\.1:(\d+), metrics on (http://127\.0\.0\.1:\d+)", self.log.read_text())
+        try:
+            found = self._listening()
+        except BaseException:
+            # Nobody else knows of it yet.
+            self.process.kill()
+            self.process.wait()
+            raise
         self.channel = grpc.insecure_channel(f"127.0.0.1:{found[1]}")
         self.target = f"127.0.0.1:{found[1]}"
         self.http = found[2]
         self.workers = psutil.Process(self.process.pid).children()
+
+    def _listening(self) -> re.Match[str]:
+        until = time.monotonic() + 90
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
+            time.sleep(0.05)
+            said = self.log.read_text()
+            if found := re.search(r"gRPC on 127\.0\.0\.1:(\d+), metrics on (http://127\.0\.0\.1:\d+)", said):
+                return found
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.http + path, timeout=10) as answer:

@@ -36,7 +36,9 @@ class OpFailed(Exception):
 class Wire:
     """One session on a channel of its own."""
 
-    def __init__(self, target: str, *models: str, credit: int = 0, open: bool = True, metadata: Any = (), **options: Any) -> None:
+    def __init__(
+        self, target: str, *models: str, credit: int = 0, open: bool = True, metadata: Any = (), **options: Any
+    ) -> None:
         self._channel = grpc.insecure_channel(
             target,
             options=[("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)],

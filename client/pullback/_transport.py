@@ -180,10 +180,12 @@ class Transport:
                 return self._attempt(lambda left: make(left, authorization), what, limit, end, id)
             except errors.Unauthenticated:
                 # Refused before anything was done. A token may have expired between being asked for and being looked at.
-                fresh = self.address.authorization()
-                if renewed or attempt == attempts or fresh == authorization:
+                if renewed or attempt == attempts:
                     raise
-                authorization, renewed = fresh, True
+                renewed = True
+                if (fresh := self.address.authorization()) == authorization:
+                    raise
+                authorization = fresh
                 continue
             except errors.PullbackError as error:
                 again = attempt != attempts and (pure or never_connected(error))

@@ -72,6 +72,11 @@ class Request:
         """32 hexadecimal digits; empty where there is no trace."""
         return self.traceparent[3:35]
 
+    @property
+    def recorded_trace(self) -> str:
+        """The same, where the trace is recorded: for an exemplar."""
+        return "" if self.span is None else self.trace_id
+
     def member(self, index: int) -> Request | None:
         """One of a batch's requests; of what is none, itself."""
         return self.members[index] if index < len(self.members) else self

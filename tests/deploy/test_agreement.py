@@ -26,6 +26,7 @@ from tests.deploy.manifests import (
 from pullback_server.config import Config
 from pullback_server.config_report import strangers
 from pullback_server.rpc.probes import LIVENESS, READINESS
+from pullback_server.rpc.security.principals import read_book
 
 pytestmark = needs_kubectl
 
@@ -238,6 +239,21 @@ def test_certificates_are_renewed_before_anybody_is_warned() -> None:
     assert "pullback.pullback.svc" in names
     monitor = one("overlays/mtls", "PodMonitor")["spec"]["podMetricsEndpoints"][0]
     assert monitor["tlsConfig"]["serverName"] in names
+
+
+def test_principals_of_the_overlay_are_read() -> None:
+    path = DEPLOY / "overlays/mtls/principals.toml"
+    book = read_book(str(path), path.read_bytes())
+    certificates = {
+        item["metadata"]["name"]: item["spec"] for item in rendered("overlays/mtls") if item["kind"] == "Certificate"
+    }
+    (uri,) = certificates["pullback-client"]["uris"]
+    client = book.of_certificate([uri])
+    assert client is not None
+    assert client.rights == {"call", "session"}
+    # Prometheus brings no credentials.
+    assert book.anonymous is not None
+    assert book.anonymous.rights == {"metrics"}
 
 
 def mounted(overlay: str, folder: str) -> dict[str, Any]:

@@ -20,8 +20,14 @@ from pullback_wire.v1 import model_service_pb2, session_service_pb2
 #: Seconds in which whatever is sent must be answered.
 PATIENCE = 60.0
 _UPLOAD = "/pullback.v1.ModelService/UploadWeights"
-_OTHERS = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
-           "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/pullback.v1.GradientService/Nothing", "/nothing", "/" + "x" * 200)  # fmt: skip
+_OTHERS = (
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/pullback.v1.GradientService/Nothing",
+    "/nothing",
+    "/" + "x" * 200,
+)
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -85,7 +91,9 @@ class Bombardment:
         for path, data, metadata in calls:
             hurried = rng.random() < 0.05
             call = channel.unary_unary(path).future(
-                data, timeout=rng.uniform(0, 0.02) if hurried else 0.5 if path.endswith("/Watch") else PATIENCE, metadata=metadata
+                data,
+                timeout=rng.uniform(0, 0.02) if hurried else 0.5 if path.endswith("/Watch") else PATIENCE,
+                metadata=metadata,
             )
             if rng.random() < 0.05:
                 call.cancel()
@@ -166,7 +174,9 @@ class Bombardment:
         if rng.random() < 0.5:
             rng.shuffle(parts)
         return [
-            mutating.mutated(part.SerializeToString(), type(part), rng) if rng.random() < 0.5 else part.SerializeToString()
+            mutating.mutated(part.SerializeToString(), type(part), rng)
+            if rng.random() < 0.5
+            else part.SerializeToString()
             for part in parts
         ]
 

@@ -51,6 +51,11 @@ def request(path: str, *more: tuple[str, str], content: str = "application/grpc"
 _VJP = "/pullback.v1.GradientService/ComputeVjp"
 _SESSION = "/pullback.v1.SessionService/Session"
 _CALL = frame(_HEADERS, _END_HEADERS, 1, request(_VJP))
+_BIG = request(_VJP) + hpack([("big", "y" * 2**20)])
+_MESSAGE = b"\x01\x00\x00\x00\x02xy"
+_TIMES = ("-1S", "9" * 30 + "H", "x", "")
+_OPENING = b"\x00\x00\x00\x00\x04\x08\x01\x1a\x00"
+_ENTRIES = (b"\x40" + _text("k") + _text("v" * 50)) * 200
 _HELLO = _PREFACE + frame(_SETTINGS, 0, 0)
 
 
@@ -61,13 +66,16 @@ def _streams(count: int) -> range:
 def _rapid_reset(rng: random.Random) -> bytes:
     headers = request(_VJP)
     return b"".join(
-        frame(_HEADERS, _END_HEADERS, one, headers) + frame(_RESET, 0, one, struct.pack(">I", 8)) for one in _streams(500)
+        frame(_HEADERS, _END_HEADERS, one, headers) + frame(_RESET, 0, one, struct.pack(">I", 8))
+        for one in _streams(500)
     )
 
 
 def _random_frames(rng: random.Random) -> bytes:
     return b"".join(
-        frame(rng.randrange(12), rng.randrange(256), rng.choice((0, 1, 1, 3, 2**31 - 1)), rng.randbytes(rng.randrange(60)))
+        frame(
+            rng.randrange(12), rng.randrange(256), rng.choice((0, 1, 1, 3, 2**31 - 1)), rng.randbytes(rng.randrange(60))
+        )
         for _ in range(30)
     )
 
@@ -91,12 +99,12 @@ HTTP2: Mapping[str, Callable[[random.Random], bytes]] = {
     "continuations of headers": lambda rng: frame(_HEADERS, 0, 1, request(_VJP))
     + frame(_CONTINUATION, 0, 1, hpack([("filler", "x" * 8000)])) * 500,
     "a header of a mebibyte": lambda rng: b"".join(
-        frame(_HEADERS if at == 0 else _CONTINUATION, 0, 1, (request(_VJP) + hpack([("big", "y" * 2**20)]))[at : at + 16384])
+        frame(_HEADERS if at == 0 else _CONTINUATION, 0, 1, _BIG[at : at + 16384])
         for at in range(0, 2**20, 16384)
     )
     + frame(_CONTINUATION, _END_HEADERS, 1, b""),
     "a header table without end": lambda rng: frame(
-        _HEADERS, _END_HEADERS, 1, b"\x3f\xff\xff\xff\xff\x07" + request(_VJP) + (b"\x40" + _text("k") + _text("v" * 50)) * 200
+        _HEADERS, _END_HEADERS, 1, b"\x3f\xff\xff\xff\xff\x07" + request(_VJP) + _ENTRIES
     ),
     "headers of an index that is none": lambda rng: frame(_HEADERS, _END_HEADERS, 1, b"\xff\xff\xff\xff\xff\xff\x7f"),
     "settings": lambda rng: frame(_SETTINGS, 0, 0, struct.pack(">HI", 4, rng.randrange(2**31))) * 2000,
@@ -112,7 +120,7 @@ HTTP2: Mapping[str, Callable[[random.Random], bytes]] = {
     "padding longer than its frame": lambda rng: _CALL + frame(_DATA, _PADDED, 1, b"\xff1234"),
     "a message that claims 4 GiB": lambda rng: _CALL + frame(_DATA, 0, 1, b"\x00\xff\xff\xff\xff" + b"x" * 1000),
     "a message cut short": lambda rng: _CALL + frame(_DATA, _END_STREAM, 1, b"\x00\x00\x00\x01\x00" + b"x" * 10),
-    "a message that claims to be compressed": lambda rng: _CALL + frame(_DATA, _END_STREAM, 1, b"\x01\x00\x00\x00\x02xy"),
+    "a message that claims to be compressed": lambda rng: _CALL + frame(_DATA, _END_STREAM, 1, _MESSAGE),
     "a flag that is none": lambda rng: _CALL + frame(_DATA, _END_STREAM, 1, b"\x77\x00\x00\x00\x02xy"),
     "an encoding that is none": lambda rng: frame(_HEADERS, _END_HEADERS, 1, request(_VJP, ("grpc-encoding", "zip")))
     + frame(_DATA, _END_STREAM, 1, b"\x01\x00\x00\x00\x02xy"),
@@ -124,11 +132,11 @@ HTTP2: Mapping[str, Callable[[random.Random], bytes]] = {
     "GET": lambda rng: frame(_HEADERS, _END_HEADERS | _END_STREAM, 1, hpack(
         [(":method", "GET"), (":scheme", "http"), (":path", _VJP), (":authority", "x")])),
     "a deadline that is none": lambda rng: frame(
-        _HEADERS, _END_HEADERS | _END_STREAM, 1, request(_VJP, ("grpc-timeout", rng.choice(("-1S", "9" * 30 + "H", "x", "")))),
+        _HEADERS, _END_HEADERS | _END_STREAM, 1, request(_VJP, ("grpc-timeout", rng.choice(_TIMES))),
     ),
     "binary metadata that is none": lambda rng: frame(_HEADERS, _END_HEADERS, 1, request(_VJP, ("x-bin", "%%%%"))),
     "sessions that are reset": lambda rng: b"".join(
-        frame(_HEADERS, _END_HEADERS, one, request(_SESSION)) + frame(_DATA, 0, one, b"\x00\x00\x00\x00\x04\x08\x01\x1a\x00")
+        frame(_HEADERS, _END_HEADERS, one, request(_SESSION)) + frame(_DATA, 0, one, _OPENING)
         + frame(_RESET, 0, one, struct.pack(">I", rng.randrange(14))) for one in _streams(20)
     ),
     "goodbye": lambda rng: frame(_GOAWAY, 0, 0, struct.pack(">II", 2**31 - 1, 0)) + _CALL,
@@ -138,7 +146,9 @@ HTTP2: Mapping[str, Callable[[random.Random], bytes]] = {
 RAW: Mapping[str, Callable[[random.Random], bytes]] = {
     "random": lambda rng: rng.randbytes(rng.randrange(1, 5000)),
     "HTTP/1.1": lambda rng: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "an upgrade": lambda rng: b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n",
+    "an upgrade": lambda rng: (
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n"
+    ),
     "a preface cut short": lambda rng: _PREFACE[: rng.randrange(len(_PREFACE))],
     "TLS": lambda rng: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(400),
     "a preface without settings": lambda rng: _PREFACE + _CALL,
@@ -157,7 +167,9 @@ HTTP: Mapping[str, Callable[[random.Random], bytes]] = {
     "a path out of it": lambda rng: b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
     "an escape": lambda rng: b"GET /%00%ff%zz?\xff\xfe HTTP/1.1\r\nHost: \xff\r\n\r\n",
     "names to choose": lambda rng: b"GET /metrics?" + b"name[]=x&" * 4000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "an accept that is none": lambda rng: b"GET /metrics HTTP/1.1\r\nAccept: \xff;q=x,application/openmetrics-text;version=9;\r\n\r\n",
+    "an accept that is none": lambda rng: (
+        b"GET /metrics HTTP/1.1\r\nAccept: \xff;q=x,application/openmetrics-text;version=9;\r\n\r\n"
+    ),
     "HTTP/0.9": lambda rng: b"GET /metrics\r\n",
     "nothing": lambda rng: b"\r\n\r\n\r\n",
 }

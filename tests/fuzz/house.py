@@ -1,4 +1,4 @@
-"""What must hold whatever was sent: statuses of the contract, a server that answers as before and holds nothing more."""
+"""What must hold whatever was sent: statuses of the contract; a server that answers as before, and holds no more."""
 
 from __future__ import annotations
 

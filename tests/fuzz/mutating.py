@@ -15,9 +15,10 @@ from pullback_wire.v1 import session_service_pb2 as pb
 _INTEGERS = (0, 1, 2, 3, 5, 64, 65, 255, 256, 1 << 16, 1 << 20, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**60, 2**62,
              2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
 _FLOATS = (0.0, -0.0, 1.0, -1.0, 5e-324, 1e308, 2.0**53, float("nan"), float("inf"), float("-inf"))
-_STRINGS = ("", " ", "\0", "x", "y", "output", "input:x", "param:*", "target:input", "*", "?[", "cube", "mixed", "small",
-            "words", "raises", "mse_loss", "cross_entropy", "1", "2", "../..", "\U0001f4a5", "a" * 300, "[" * 100,
-            "add", "index", "expand", "{}", '{"shape":[1048576,1048576,1048576]}', '{"items":[[0,9223372036854775807]]}',
+_STRINGS = ("", " ", "\0", "x", "y", "output", "input:x", "param:*", "target:input", "*", "?[", "cube", "mixed",
+            "small", "words", "raises", "mse_loss", "cross_entropy", "1", "2", "../..", "\U0001f4a5", "a" * 300,
+            "[" * 100, "add", "index", "expand", "{}", '{"shape":[1048576,1048576,1048576]}',
+            '{"items":[[0,9223372036854775807]]}',
             '{"dim":-9223372036854775808}')  # fmt: skip
 _RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -26,8 +27,9 @@ _RANGES = {
     FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
 }
-_HEADER_WORDS = (b"F64", b"F32", b"BF16", b"F8_E4M3", b"F4", b"C64", b"BOOL", b"dtype", b"shape", b"data_offsets", b"weight", b"bias",
-                 b"__metadata__", b"[", b"]", b"{", b"}", b"null", b"\x00", b"\xff", b'"', b":", b"1e400")  # fmt: skip
+_HEADER_WORDS = (b"F64", b"F32", b"BF16", b"F8_E4M3", b"F4", b"C64", b"BOOL", b"dtype", b"shape", b"data_offsets",
+                 b"weight", b"bias", b"__metadata__", b"[", b"]", b"{", b"}", b"null", b"\x00", b"\xff", b'"', b":",
+                 b"1e400")  # fmt: skip
 #: Elements of a repeated field at most, and bytes of a payload: enough to be wrong, not to be slow.
 _MANY, _LONG = 300, 1 << 16
 
@@ -226,7 +228,10 @@ def _made_up(rng: random.Random) -> bytes:
             (pb.SessionRequest(chunk=pb.Chunk(transfer=transfer, offset=0, size=size)), (rng.randbytes(8),)),
             (pb.SessionRequest(chunk=pb.Chunk(transfer=transfer, offset=8, size=16)), (rng.randbytes(8),)),
             (pb.SessionRequest(chunk=pb.Chunk(transfer=transfer, offset=size, size=size)), ()),
-            (pb.SessionRequest(op=rng.choice(_INTEGERS), release_only=pb.ReleaseOp(), release=[1, 2**63, 2**64 - 1]), ()),
+            (
+                pb.SessionRequest(op=rng.choice(_INTEGERS), release_only=pb.ReleaseOp(), release=[1, 2**63, 2**64 - 1]),
+                (),
+            ),
         )
     )
     return encode(frame.SerializeToString(), payloads)

@@ -64,7 +64,9 @@ def record(target: str) -> Recording:
     recording = Recording()
     with grpc.insecure_channel(target, options=_UNLIMITED) as channel:
         server = grpc.server(
-            ThreadPoolExecutor(16), handlers=[_Between(channel, recording)], options=[*_UNLIMITED, ("grpc.so_reuseport", 0)]
+            ThreadPoolExecutor(16),
+            handlers=[_Between(channel, recording)],
+            options=[*_UNLIMITED, ("grpc.so_reuseport", 0)],
         )
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
@@ -93,7 +95,9 @@ def _call_everything(client: client_library.Client) -> None:
     cube.hvp(x, v, v)
     cube.jacobian(x)
     client.model("square_sum").hessian(x[0])
-    small.vjp(x, wrt=["*weight", "input"], loss=client_library.Loss("cross_entropy", label_smoothing=0.1), target=[0, 1])
+    small.vjp(
+        x, wrt=["*weight", "input"], loss=client_library.Loss("cross_entropy", label_smoothing=0.1), target=[0, 1]
+    )
     mixed.evaluate({"x": x[0], "y": v[0], "scale": np.array(2.0)})
     client.model("words").evaluate(np.array([[1, 2, 3]]))
     client.model("holomorphic").vjp(x[0] + 1j, v[0] + 0j)

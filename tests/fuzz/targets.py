@@ -166,7 +166,8 @@ def ipc(data: bytes) -> None:
         while reader.receive():
             while (frame := reader.next()) is not None:
                 for read in (messages.decode_to_front, messages.decode_to_worker):
-                    with contextlib.suppress(msgspec.DecodeError):
+                    # A string that is no UTF-8 is a ValueError of another kind.
+                    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                         read(frame.message)
             # A frame claims its size, and gets so much room; that is between processes that trust one another.
             if reader._wanted > 1 << 20:

@@ -68,7 +68,7 @@ def shapeless(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(Rooted, shapeless, threads=1, devices=["cpu"]) as server:
+    with Server(Rooted, shapeless, threads=1, devices="cpu") as server:
         yield server
 
 
@@ -200,7 +200,7 @@ def test_the_switch_is_of_one_thread_and_a_decorator(client: pb.Client) -> None:
     assert not pb.autograd.is_anomaly_enabled()
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
 def test_a_remote_module_inside_torchs_own_detect_anomaly(client: pb.Client) -> None:
     module = RemoteModule(client.model("rooted")).eval()
     x = torch.tensor(ZEROS, requires_grad=True)

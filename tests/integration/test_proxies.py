@@ -1,7 +1,7 @@
 """Envoy and nginx before two servers, by the configurations in deploy/proxies, and what a client sees of them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -91,8 +91,7 @@ def total(server: Served, metric: str, *labels: str) -> float:
     return sum(float(value) for name, value in rows if all(label in name for label in labels))
 
 
-def until(done: object, seconds: float = 30) -> None:
-    assert callable(done)
+def until(done: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end

@@ -20,9 +20,7 @@ def test_metrics_table() -> None:
         for name in re.findall(r"`(\w+)`", names):
             # In brackets there may be an explanation of any of them.
             documented[name] = (kind, tuple(re.findall(r"\w+", re.sub(r"\(.*?\)", "", labels))))
-    assert documented == {
-        one.name: (one.kind, one.labels) for one in declared() if not one.name.startswith("process_")
-    }
+    assert documented == {one.name: (one.kind, one.labels) for one in declared() if not one.name.startswith("process_")}
 
 
 def test_client_methods_of_the_semantics_table_exist() -> None:

@@ -16,6 +16,8 @@ from pullback_server.engine.exported import load_exported
 from pullback_server.engine.merged import mergeable
 from pullback_server.engine.scripted import load_scripted
 from pullback_server.hosting import Compile, Options, Registration, TensorSpec
+from pullback_server.job import BatchRecord
+from pullback_server.scheduling import merging
 from pullback_wire import Reason
 
 torch.set_num_threads(1)
@@ -104,7 +106,7 @@ def test_a_jvp_in_forward_mode_and_by_two_backwards(net: Host) -> None:
     for forward_mode in (True, False):
         model.forward_mode = forward_mode
         try:
-            with refused(Reason.NON_FINITE, "in module 'head.norm' made", "[output] has it"):
+            with refused(Reason.NON_FINITE, "in module 'head.norm' made", "tangents[output] has it"):
                 found(net, "jvp", tangents={"x": ONES})
         finally:
             model.forward_mode = True
@@ -169,8 +171,8 @@ def test_infinities_that_reach_nothing_are_left_alone() -> None:
     host = host_factory(lambda: Masked(True))
     with refused(
         Reason.NON_FINITE,
-        "the operation aten::_softmax in module 'attn' made nan of inf",
-        "before that aten::masked_fill in its own code put inf there, as it was told to",
+        "aten::masked_fill in its own code put inf there, as it was told to (output 0, shape (4, 4), 9 of 16 elements)"
+        "; of that the operation aten::_softmax in module 'attn' made nan (output 0, shape (4, 4), 4 of 16 elements)",
     ):
         run(detect_anomaly=True)
 
@@ -197,8 +199,8 @@ def test_an_overflow_on_the_way_to_nan_is_told() -> None:
     host = host_function(lambda x: (1e4 * x).exp() - (2e4 * x).exp())
     with refused(
         Reason.NON_FINITE,
-        "the operation aten::sub in its own code made nan of inf",
-        "before that the operation aten::exp in its own code made inf of finite numbers",
+        "the operation aten::exp in its own code made inf of finite numbers (output 0, shape (3, 4), 12 of 12 "
+        "elements); of that the operation aten::sub in its own code made nan (output 0",
     ):
         host("evaluate", "f", {"x": ONES}, detect_anomaly=True)
 
@@ -395,11 +397,27 @@ def test_scripted_and_exported_models(tmp_path: Path) -> None:
             found(Host(registration), "vjp", cotangents={"output": ONES})
 
 
+@pytest.mark.parametrize("place", ["input", "param"])
+def test_rows_that_are_computed_piece_by_piece(place: str) -> None:
+    host = host_factory(
+        Net, inputs={"x": TensorSpec("float64", ("b", 4))}, batch_axis=0, options=Options(micro_batch=2)
+    )
+    wrt = {"input": ["x"], "param": ["param:scale"]}[place]
+    more: dict[str, Any] = {"wrt": wrt, "cotangents": {"output": ONES}}
+    plain, looked = (host("vjp", "f", {"x": ONES}, detect_anomaly=detect, **more) for detect in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.raw.tensors, looked.raw.tensors, strict=True))
+    with refused(Reason.NON_FINITE, "the backward of SqrtBackward0 in module 'head.norm' made inf of finite"):
+        host("vjp", "f", {"x": ZEROS}, detect_anomaly=True, **more)
+
+
 def test_it_is_never_merged() -> None:
     host = host_function(lambda x: x.sqrt(), inputs={"x": TensorSpec("float64", ("b", 4))}, batch_axis=0)
     for detect, rows in ((False, 3), (True, 0)):
         job, _ = make_job("vjp", "f", {"x": ONES}, wrt=["x"], cotangents={"output": ONES}, detect_anomaly=detect)
         assert mergeable(job, host.engine.find("f", "1")) == rows
+        (signature,) = host.engine.signatures()
+        signature.batch = BatchRecord(max_rows=64, max_bytes=1 << 20, inputs=["x"])
+        assert (merging.mergeable(job, signature) is None) is detect
 
 
 def test_and_never_by_a_compiled_plan() -> None:

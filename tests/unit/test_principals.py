@@ -20,7 +20,7 @@ from pullback_server.faults import Fault
 from pullback_server.rpc import Access, PrincipalsError, new_key
 from pullback_server.rpc.security.callers import Credentials, caller, sees
 from pullback_server.rpc.security.gate import NEEDED
-from pullback_server.rpc.security.principals import Quota, read_book
+from pullback_server.rpc.security.principals import RIGHTS, Quota, read_book
 from pullback_server.rpc.security.quotas import SessionUse, Usage
 from pullback_server.telemetry import Metrics
 from pullback_wire import Reason
@@ -528,7 +528,6 @@ class TestQuotas:
         with pytest.raises(Fault) as caught:
             usage.call(1)
         assert caught.value.retry_after is not None and 4990 < caught.value.retry_after < 5000
-        usage.call(0)
         answered = Usage("one", Quota(bytes_per_second=1000.0), lambda _: None)
         answered.sent(5_000_000)
         with pytest.raises(Fault):
@@ -563,3 +562,17 @@ class TestQuotas:
         assert told == ["sessions", *["retained"] * 3] and usage.idle
         with SessionUse(usage, room):
             pass
+
+
+def test_the_documented_file_is_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    example = text.partition("```toml\n")[2].partition("```")[0]
+    book = read_book("docs/security.md", example.encode())
+    assert book.names == {"ci", "training", "prometheus", "anonymous"} and book.jwt is not None
+    assert book.anonymous is not None and book.anonymous.sees("demo")
+    for reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED, Reason.ADMIN_DISABLED, Reason.QUOTA_EXCEEDED):
+        assert f"| `{reason.value}` | {reason.code.name} |" in text
+    for right in RIGHTS:
+        assert f"| `{right}` |" in text
+    for quota in Quota.model_fields:
+        assert f"| `{quota}` |" in text

@@ -17,7 +17,8 @@ import torch
 from pullback_server.engine.call import Again, WritesInputs, out_of_memory, text_of
 from pullback_server.engine.guards import compiled_code_as_written, rewinding
 from pullback_server.engine.hosted import HostedModel
-from pullback_server.engine.origins import Origin, Tracer, kinds_of
+from pullback_server.engine.not_finite import kinds_of
+from pullback_server.engine.origins import Origin, Tracer
 from pullback_server.engine.places import owner_of
 from pullback_server.engine.results import EngineResult
 from pullback_server.faults import Fault
@@ -41,14 +42,14 @@ def watched(
     kept = list(tensors) if hosted.stock else [tensor.clone() for tensor in tensors]
     rewind = rewinding(hosted.device, not hosted.stock)
     result = run(job, tensors)
-    found = _results(result)
+    found = _results(job, result)
     if all_finite(found):
         return result
     again = msgspec.structs.replace(job, result_dtype=0)
     fields = _given(job, kept)
 
     def compute() -> Named:
-        return _results(run(again, kept))
+        return _results(job, run(again, kept))
 
     raise explained(hosted, found, fields, compute, rewind, converted=bool(job.result_dtype))
 
@@ -112,8 +113,11 @@ def fault_of(tracer: Tracer, found: Named, owner: str = "") -> Fault:
         return _fault(f"{owner}: {said}" if owner else said)
     origin, label = min(origins, key=lambda one: one[0].number)
     said = f"{told(origin)}; {label} has it"
-    named = origin.place.owner if origin.place is not None else owner
-    return _fault(f"{named}: {said}" if named else said, origin.field)
+    first = origin
+    while first.cause is not None:
+        first = first.cause
+    named = first.place.owner if first.place is not None else owner
+    return _fault(f"{named}: {said}" if named else said, first.field)
 
 
 def told(origin: Origin) -> str:
@@ -133,7 +137,8 @@ def told(origin: Origin) -> str:
     whose = f"the backward of {what}" if origin.source == "backward" else f"the operation {what}"
     if origin.cause is None:
         return f"{whose}{where} made {kind} of finite numbers ({origin.result})"
-    return f"{whose}{where} made {kind} of {origin.cause.kind} ({origin.result}); before that {told(origin.cause)}"
+    # In the order of events: what was first is what has to be looked at.
+    return f"{told(origin.cause)}; of that {whose}{where} made {kind} ({origin.result})"
 
 
 def all_finite(found: Named) -> bool:
@@ -152,12 +157,17 @@ def _told(found: Named) -> str:
     raise AssertionError("they are finite")
 
 
-def _results(result: EngineResult) -> Named:
+def _results(job: Job, result: EngineResult) -> Named:
     """The tensors of a result, by what callers know them by."""
     outcome, tensors = result.outcome, result.tensors
     found = [(f"outputs[{ref.name}]", ref) for ref in outcome.outputs]
-    for what in ("gradients", "hvps", "cotangent_derivatives"):
-        found += [(f"{what}[{one.name}]", one.value) for one in getattr(outcome, what) if one.value is not None]
+    groups = {
+        "tangents" if job.kind == "jvp" else "gradients": outcome.gradients,
+        "hvps": outcome.hvps,
+        "cotangent_derivatives": outcome.cotangent_derivatives,
+    }
+    for what, grads in groups.items():
+        found += [(f"{what}[{one.name}]", one.value) for one in grads if one.value is not None]
     found += [(f"blocks[{b.row}, {b.column}]", b.value) for b in outcome.blocks if b.value is not None]
     return [(label, tensors[ref.payload]) for label, ref in found]
 

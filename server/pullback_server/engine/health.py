@@ -30,7 +30,9 @@ _NOTHING = Health()
 #: Norms below are computed anew in double precision: squares of what they are made of may be lost in a float32.
 _TINY = 1e-15
 #: Elements that numpy compares at a time: what it makes of them stays in the processor's cache.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
+#: Where they are compared. A worker computes one job at a time.
+_scratch = np.empty(_CHUNK, dtype=bool)
 _KINDS = (torch.Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 _told = False
@@ -171,9 +173,11 @@ def _nonzeros(tensor: torch.Tensor) -> int | torch.Tensor:
         return int(torch.count_nonzero(tensor))
     # Several times as fast as torch.
     flat = tensor.numpy().reshape(-1)
-    if flat.size <= _CHUNK:
-        return int(np.count_nonzero(flat != 0))
-    return sum(int(np.count_nonzero(flat[at : at + _CHUNK] != 0)) for at in range(0, flat.size, _CHUNK))
+    count = 0
+    for at in range(0, flat.size, _CHUNK):
+        part = flat[at : at + _CHUNK]
+        count += int(np.count_nonzero(np.not_equal(part, 0, out=_scratch[: part.size])))
+    return count
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -18,10 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from pullback_server.engine.not_finite import Kind, described, kinds_of, plain
 from pullback_server.engine.places import Place, Places, followed, place_of
 from pullback_server.engine.tripwire import nodes
-
-Kind = Literal["nan", "inf"]
 
 #: Operations that only take memory: what it holds is no result.
 _TAKE = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"))
@@ -65,40 +64,8 @@ class Origin:
     cause: Origin | None = None
 
 
-def kinds_of(tensor: torch.Tensor) -> tuple[Kind, ...]:
-    """What a tensor holds that is no finite number."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
-        return ()
-    with torch.no_grad():
-        values = _plain(tensor)
-        if values is None or not values.numel() or bool(values.isfinite().all()):
-            return ()
-        found: tuple[Kind, ...] = ("nan",) if bool(values.isnan().any()) else ()
-        return (*found, "inf") if bool(values.isinf().any()) else found
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The values that a tensor holds, in a dtype that can be asked; None where there is no getting at them."""
-    if tensor.layout is not torch.strided:
-        try:
-            tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
-        except RuntimeError:
-            return None
-    # torch has no isnan for the narrowest.
-    return tensor.float() if tensor.itemsize == 1 else tensor
-
-
-def described(tensor: torch.Tensor, kind: Kind) -> str:
-    """Its shape, and how many elements are not finite in this way."""
-    with torch.no_grad():
-        values = _plain(tensor)
-        assert values is not None
-        count = int((values.isnan() if kind == "nan" else values.isinf()).sum())
-    return f"shape {tuple(tensor.shape)}, {count} of {tensor.numel()} elements"
-
-
 def _key(tensor: torch.Tensor) -> int:
-    values = _plain(tensor.detach()) if tensor.layout is not torch.strided else tensor
+    values = plain(tensor.detach()) if tensor.layout is not torch.strided else tensor
     return 0 if values is None else values.untyped_storage().data_ptr()
 
 

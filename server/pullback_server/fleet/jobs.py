@@ -281,9 +281,7 @@ class Jobs:
         if request is not None and member >= 0:
             request = request.member(member)
         with tracking.as_of(request):
-            _log.error(
-                "worker %s: %s\n%s", self._name, fault.message, fault.traceback, extra={"worker": self._name}
-            )
+            _log.error("worker %s: %s\n%s", self._name, fault.message, fault.traceback, extra={"worker": self._name})
 
     def end(self, suspect: bool, overdue: float | None = None) -> None:
         """The worker is gone: gives its memory back and tells those who wait.

@@ -47,7 +47,9 @@ class AnswerWriter:
         reply: Reply | None = None
         if op.way is not None:
             try:
-                reply = await op.way.reply()
+                # An op may be sent again here.
+                with tracking.as_of(op.request):
+                    reply = await op.way.reply()
             except Fault as error:
                 fault = fault or error
                 if op.over is not None and fault.reason is Reason.SESSION_BUDGET:
@@ -79,7 +81,7 @@ class AnswerWriter:
         outcome = reply.outcome
         if isinstance(outcome, BatchOutcome) or outcome.health is None:
             return
-        trace_id = "" if op.request is None else op.request.trace_id
+        trace_id = "" if op.request is None else op.request.recorded_trace
         if isinstance(outcome, ops.SessionOutcome):
             self._metrics.health(outcome.model, outcome.health, outcome.limits, trace_id)
         elif op.job is not None:

@@ -94,7 +94,7 @@ class Entry:
     @property
     def sampled_trace(self) -> str:
         """The id of its trace, for an exemplar; empty where it is not recorded."""
-        return self.request.trace_id if self.request.span is not None else ""
+        return self.request.recorded_trace
 
     def trailers(self, computed: Computed | None) -> tuple[tuple[str, str], ...]:
         """What goes with the answer: the id, and if it was asked for, where the time went."""

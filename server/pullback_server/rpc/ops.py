@@ -21,13 +21,16 @@ from pullback_wire.v1 import tensor_pb2
 
 #: Handles are unsigned 64-bit numbers that msgpack and Python know as they are; some room is left to count on.
 _LARGEST_HANDLE = 2**63
+#: Tensors and operands of one frame, which cost far more than their bytes to look at.
+_MOST_OPERANDS = 1 << 16
 #: How deep lists and objects of options may lie in one another; `index` takes lists of lists.
 _DEEPEST = 64
 
 
 def tensors_in(frame: pb.SessionRequest) -> Iterator[tensor_pb2.Tensor]:
-    """Every tensor of a frame."""
+    """Every tensor of a frame. Raises Fault where there are too many."""
     kind = frame.WhichOneof("frame")
+    _check_count(frame, kind)
     if kind == "put":
         yield from frame.put.tensors
     elif kind == "call":
@@ -42,6 +45,24 @@ def tensors_in(frame: pb.SessionRequest) -> Iterator[tensor_pb2.Tensor]:
         request: Any = stateless_request(frame)
         for field in ("inputs", "targets", "parameters", "cotangents", "tangents"):
             yield from getattr(request, field, ())
+
+
+def _check_count(frame: pb.SessionRequest, kind: str | None) -> None:
+    count = 0
+    if kind == "put":
+        count = len(frame.put.tensors)
+    elif kind == "call":
+        count = len(frame.call.inputs) + len(frame.call.targets) + len(frame.call.parameters)
+    elif kind == "grad":
+        count = len(frame.grad.grad_outputs)
+    elif kind == "stateless":
+        request: Any = stateless_request(frame)
+        fields = ("inputs", "targets", "parameters", "cotangents", "tangents")
+        count = sum(len(getattr(request, field, ())) for field in fields)
+    if count > _MOST_OPERANDS:
+        raise Fault(
+            Reason.MALFORMED_REQUEST, f"{kind} has {count} tensors, at most {_MOST_OPERANDS} are allowed", kind or ""
+        )
 
 
 def stateless_request(frame: pb.SessionRequest) -> Message:

@@ -127,6 +127,8 @@ class Stream:
             for op in self._answers:
                 if op.way is not None:
                     op.way.give_up()
+                if op.request is not None and op.request.span is not None:
+                    op.request.span.end("CANCELLED")
             self._inbox.close()
             self._op_bytes = 0
             for op in self._ops:
@@ -257,7 +259,8 @@ class Stream:
             self._answers.popleft()
             self._written.set()
             self._busy = time.monotonic()
-            self._metrics.session_op(op.kind, code, self._busy - op.arrived)
+            trace = "" if op.request is None else op.request.recorded_trace
+            self._metrics.session_op(op.kind, code, self._busy - op.arrived, trace)
 
     async def _write(self, data: bytes) -> None:
         async with self._writing:

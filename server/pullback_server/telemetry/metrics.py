@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from pullback_server.job import Health, HealthRecord
 from pullback_server.telemetry import declarations as names
 from pullback_server.telemetry.collectors import Expiry, Reading, Watched
+from pullback_wire import Reason
 
 #: Labels of the counters of what is no finite number.
 _WHERE_AND_KIND = (("outputs", "nan"), ("outputs", "inf"), ("gradients", "nan"), ("gradients", "inf"))
@@ -21,7 +22,6 @@ class _OfModel:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.norm = metrics.gradient_norm.labels(model)
         self.zeros = metrics.gradient_zero_ratio.labels(model)
-        # They begin at zero, for an increase from nothing is none to whoever asks for a rate.
         self.bad = [metrics.nonfinite.labels(model, *labels) for labels in _WHERE_AND_KIND]
         self.vanishing = metrics.vanishing.labels(model)
         self.exploding = metrics.exploding.labels(model)
@@ -65,8 +65,13 @@ class Metrics:
         self.auth_failures = names.AUTH_FAILURES.counter(registry)
         #: Label quota: "calls", "bytes", "sessions", "retained".
         self.quota_refusals = names.QUOTA_REFUSALS.counter(registry)
+        # Series begin at zero where it is known which there will be: an increase from nothing is none to whoever asks.
         for quota in ("calls", "bytes", "sessions", "retained"):
             self.quota_refusals.labels(quota)
+        for reason in (reason for reason in Reason if reason.code.name in ("UNAUTHENTICATED", "PERMISSION_DENIED")):
+            self.auth_failures.labels(reason.value)
+        for where in ("queue", "worker"):
+            self.dropped_calls.labels(where)
         #: set(seconds since 1970); absent until then.
         self.certificate_expiry = Expiry()
         registry.register(self.certificate_expiry)
@@ -79,6 +84,7 @@ class Metrics:
         """A unary call was answered. model: a hosted one's name, or empty."""
         found = self._of_calls.get((method, model, code))
         if found is None:
+            self._begin(model)
             found = self._of_calls[method, model, code] = (
                 self.requests.labels(method, model, code),
                 self.request_seconds.labels(method, model),
@@ -94,6 +100,14 @@ class Metrics:
             if found is None:
                 found = self._of_stages[stage, model] = self.stage_seconds.labels(stage, model)
             found.observe(spent, exemplar)
+
+    def _begin(self, model: str) -> None:
+        """Has the series of a model's rare events begin at zero."""
+        if model:
+            for counter in (self.merged_calls, self.unmerged_calls, self.memory_splits):
+                counter.labels(model)
+            for why in ("died", "timeout"):
+                self.worker_deaths.labels(model, why)
 
     def session_op(self, op: str, code: str, seconds: float, trace_id: str = "") -> None:
         """An op of a session was answered."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, sub
 from typing import Any
 
 from prometheus_client import Counter, Histogram
@@ -48,16 +49,17 @@ def read(metrics: Metrics) -> Counted:
         calls[method, code] = calls.get((method, code), 0.0) + number
         key = (model, code == "OK")
         models[key] = models.get(key, 0.0) + number
+    call_seconds, model_seconds = _summed(metrics.request_seconds, 0, 1)
     return Counted(
         time.monotonic(),
         calls,
         models,
         {(op, code): child._value.get() for (op, code), child in _children(metrics.session_ops)},
-        _summed(metrics.request_seconds, 0),
-        _summed(metrics.request_seconds, 1),
-        _summed(metrics.session_op_seconds, 0),
-        _summed(metrics.stage_seconds, 0),
-        _summed(metrics.gradient_norm, 0),
+        call_seconds,
+        model_seconds,
+        _summed(metrics.session_op_seconds, 0)[0],
+        _summed(metrics.stage_seconds, 0)[0],
+        _summed(metrics.gradient_norm, 0)[0],
         {(model, where, kind): child._value.get() for (model, where, kind), child in _children(metrics.nonfinite)},
         {
             (labels[0], which): child._value.get()
@@ -67,22 +69,22 @@ def read(metrics: Metrics) -> Counted:
     )
 
 
-def _children(metric: Counter | Histogram) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _children(metric: Counter | Histogram) -> list[tuple[Sequence[str], Any]]:
     # Not `collect()`, which takes twenty times as long over a histogram's texts; this is read all the time.
     with metric._lock:
-        found = list(metric._metrics.items())
-    for labels, child in found:
-        yield tuple(labels), child
+        return list(metric._metrics.items())
 
 
-def _summed(metric: Histogram, label: int) -> dict[str, Counts]:
-    """Counts by one label, over all the others."""
-    found: dict[str, Counts] = {}
-    for labels, child in _children(metric):
-        counts = tuple(bucket.get() for bucket in child._buckets)
-        before = found.get(labels[label])
-        found[labels[label]] = counts if before is None else plus(before, counts)
-    return found
+def _summed(metric: Histogram, *labels: int) -> list[dict[str, Counts]]:
+    """For each of the labels: counts by its values, over all the others."""
+    sums: list[dict[str, Counts]] = [{} for _ in labels]
+    for values, child in _children(metric):
+        # Not `get()`, whose lock guards nothing here: a float is read in one piece.
+        counts = tuple([bucket._value for bucket in child._buckets])
+        for label, found in zip(labels, sums, strict=True):
+            before = found.get(values[label])
+            found[values[label]] = counts if before is None else plus(before, counts)
+    return sums
 
 
 def bounds(metric: Histogram) -> Sequence[float]:
@@ -91,12 +93,12 @@ def bounds(metric: Histogram) -> Sequence[float]:
 
 
 def plus(one: Counts, other: Counts) -> Counts:
-    return tuple(map(float.__add__, one, other))
+    return tuple(map(add, one, other))
 
 
 def minus(later: Counts, earlier: Counts | None) -> Counts:
     """What was observed between two readings."""
-    return later if earlier is None else tuple(map(float.__sub__, later, earlier))
+    return later if earlier is None else tuple(map(sub, later, earlier))
 
 
 def total(every: Mapping[str, Counts]) -> Counts:

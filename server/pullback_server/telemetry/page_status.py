@@ -126,9 +126,12 @@ class Status:
             except Exception as error:
                 answer.set_exception(error)
 
-        # The loop may be closed: the server is stopping.
-        with contextlib.suppress(TimeoutError, RuntimeError):
+        try:
             self._loop.call_soon_threadsafe(look)
+        except RuntimeError:
+            # The loop is closed: the server is stopping.
+            return
+        with contextlib.suppress(TimeoutError):
             self._view = answer.result(_PATIENCE)
 
 

@@ -69,7 +69,7 @@ class Usage:
 
     def bring(self, size: int) -> None:
         """So many bytes have come, or are about to. Raises Fault (QUOTA_EXCEEDED) where bytes are owed."""
-        if self._bytes is not None and size:
+        if self._bytes is not None:
             if seconds := self._bytes.wait(0.0):
                 raise self._spent("bytes", f"{self.quota.bytes_per_second:,.0f} bytes per second", seconds)
             self._bytes.take(size)
@@ -136,7 +136,9 @@ class SessionUse:
 
     def admit_op(self, kind: str, size: int) -> None:
         """An op has come, with so many bytes of its own. Raises Fault."""
-        self.usage.call(size)
+        # Letting go is always possible.
+        if kind != "release_only":
+            self.usage.call(size)
         if kind in _MAKING:
             self._check_room(size)
         self._admit(size)

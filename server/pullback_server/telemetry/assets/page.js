@@ -36,13 +36,13 @@
   const some = (...pairs) => () => pairs.map(([name, of]) => ({name, of}));
   const charts = {
     calls: {show: rate, series: named("calls", 5, true)},
-    latency: {show: seconds, log: true, series: some(["median", p => p.p50], ["95 %", p => p.p95], ["99 %", p => p.p99])},
+    latency: {show: seconds, log: true, series: some(["50 %", p => p.p50], ["95 %", p => p.p95], ["99 %", p => p.p99])},
     queue: {show: count, whole: true, series: some(["in flight", p => p.gauges.in_flight], ["waiting", p => p.gauges.queued])},
     age: {show: seconds, area: true, series: some(["longest wait", p => p.gauges.oldest_seconds])},
     norms: {show: norm, log: true, series: named("gradient_norms", 6, false)},
     errors: {show: rate, area: true, series: some(["errors", p => p.errors])},
     sessions: {show: count, whole: true, area: true, series: some(["open", p => p.gauges.sessions])},
-    bytes: {show: size, binary: true, series: some(["in flight", p => p.gauges.bytes_in_flight], ["sessions", p => p.gauges.retained_bytes])},
+    bytes: {show: size, binary: true, series: some(["calls", p => p.gauges.bytes_in_flight], ["sessions", p => p.gauges.retained_bytes])},
   };
 
   const draw = (parent, tag, attributes, text) => {
@@ -116,10 +116,11 @@
         draw(this.svg, "line", {class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick)});
         draw(this.svg, "text", {x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end"}, plain(this.chart.show(tick)));
       }
-      const every = span > 300 ? 120 : span > 150 ? 60 : 30;
+      // As many times as there is room for.
+      const every = [10, 30, 60, 120, 300].find(step => step * (width - LEFT - RIGHT) / span >= (step < 60 ? 72 : 48)) || SPAN;
       for (let t = Math.ceil((end - span) / every) * every; t <= end; t += every) {
         const label = every < 60 ? new Date(t * 1000).toLocaleTimeString("en-GB") : clock(t);
-        if (this.x(t) < LEFT + 14 || this.x(t) > width - 22) continue;
+        if (this.x(t) < LEFT + 14 || this.x(t) > width - (every < 60 ? 26 : 18)) continue;
         draw(this.svg, "text", {x: this.x(t), y: height - 4, "text-anchor": "middle"}, label);
       }
       if (!values.length)
@@ -153,7 +154,7 @@
         const item = document.createElement("li"), name = document.createElement("span"), value = document.createElement("b");
         draw(draw(item, "svg", {viewBox: "0 0 16 8", "aria-hidden": "true"}), "path", {class: "line s" + index, d: "M0 4h16"});
         const found = at ? one.of(at) : null;
-        name.textContent = one.name.replace(/^Compute/, "");
+        name.textContent = one.name === "session ops" ? "sessions" : one.name.replace(/^Compute/, "");
         name.title = one.name;
         value.textContent = found === null ? "–" : this.chart.show(found);
         told.push(one.name + " " + value.textContent);
