@@ -1,4 +1,4 @@
-"""Administrative calls: they change what a server serves, need a right of their own, and are never repeated by the client itself."""
+"""Administrative calls: they change what a server serves, need rights, and are never repeated by the client itself."""
 
 from __future__ import annotations
 

@@ -55,13 +55,13 @@ class Caller:
         """Where calls go."""
         return self.transport.address.target
 
-    def info(self) -> ModelInfo:
+    def info(self, timeout: float | None = None) -> ModelInfo:
         """What the server says of the model, in whatever state; asked for once it is ready."""
         info = self._info
         if info is None:
             request = model_service_pb2.GetModelRequest(name=self.name, version=self.version)
             response, _ = self.transport.call(
-                MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), None
+                MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), timeout
             )
             info = model_info(response.model)
             if info.state == "ready":
@@ -85,14 +85,16 @@ class Caller:
         found, _ = self.transport.call(method, request, (), response, self._what("graph"), timeout)
         return found
 
-    def signature(self) -> ModelInfo:
+    def signature(self, timeout: float | None = None) -> ModelInfo:
         """As `info`, of a model that can be called. One that is being loaded is waited for, as calls do.
+
+        timeout: of the call that needs it.
 
         Raises what the server would answer to a call: NotReady, ModelNotFound, VersionNotFound.
         """
-        deadline = self.transport.deadline(None)
+        deadline = self.transport.deadline(timeout)
         attempt = 0
-        while (info := self.info()).state != "ready":
+        while (info := self.info(timeout)).state != "ready":
             attempt += 1
             error = self._not_callable(info)
             pause = self.transport.retry.pause(error, attempt)
@@ -116,7 +118,7 @@ class Caller:
     def draft(self, name: str, inputs: Any, common: Common) -> Iterator[Draft]:
         """A request of the RPC `name`, to be filled in and asked while the context lasts."""
         try:
-            yield Draft(name, self.name, self.version, inputs, common, self.signature)
+            yield Draft(name, self.name, self.version, inputs, common, lambda: self.signature(common.timeout))
         except errors.BadName:
             self.forget()
             raise

@@ -34,10 +34,11 @@ _SERVING = b"\x08\x01"
 class Client:
     """A connection to a Pullback server, made by `connect`. Usable as a context manager.
 
-    Nothing is sent before the first call. One client serves many threads; it may be pickled (with its metadata,
-    token and TLS settings, so treat the bytes as the secrets they hold; a function that gives tokens must be one that
-    pickle takes), and a forked child gets a connection of its own. A fork waits up to two seconds for calls that other threads have under way; while calls last longer than that, start
-    processes by spawn or forkserver instead, as a child forked out of a gRPC call may crash.
+    Nothing is sent before the first call. One client serves many threads; it may be pickled (with its metadata, token
+    and TLS settings, so treat the bytes as the secrets they hold; a function that gives tokens must be one that pickle
+    takes), and a forked child gets a connection of its own. A fork waits up to two seconds for calls that other threads
+    have under way; while calls last longer than that, start processes by spawn or forkserver instead, as a child forked
+    out of a gRPC call may crash.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -268,8 +269,8 @@ def connect(
         address.authorization()
     if secret is not None and not (address.is_private or allow_plaintext_token):
         raise ValueError(
-            f"a token is given (by token= or {_TOKEN_VARIABLE}), and {target} would get it in plain text; give tls= too, "
-            "or, where nobody on the way can listen, allow_plaintext_token=True"
+            f"a token is given (by token= or {_TOKEN_VARIABLE}), and {target} would get it in plain text; give tls= "
+            "too, or, where nobody on the way can listen, allow_plaintext_token=True"
         )
     return Client(Transport(address, timeout, RetryPolicy() if retry is None else retry))
 

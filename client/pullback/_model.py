@@ -186,7 +186,7 @@ class RemoteModel:
         timeout: float | None = None,
     ) -> Any:
         """f(x), without derivatives."""
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("Evaluate", inputs, common) as draft:
             return self._caller.ask(draft, pb.EvaluateResponse, timeout, lambda m, answer: answer.outputs(m.outputs))
 
@@ -223,7 +223,7 @@ class RemoteModel:
 
         Raises BadCotangent, MissingCotangent; ResultTooLarge for more cotangents than the server takes.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("ComputeVjp", inputs, common) as draft:
             draft.cotangents(cotangents)
             return self._caller.vjp(
@@ -262,7 +262,7 @@ class RemoteModel:
 
         Raises MissingCotangent when the function is not one real scalar.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("ComputeVjp", inputs, common) as draft:
             return self._caller.vjp(
                 draft,
@@ -300,7 +300,7 @@ class RemoteModel:
 
         Raises OrderUnavailable where the model does not promise it (`info.forward_mode`).
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("ComputeJvp", inputs, common) as draft:
             draft.tangents(tangents)
             if not return_outputs:
@@ -347,7 +347,7 @@ class RemoteModel:
 
         Raises OrderUnavailable where no second order is promised (`info.max_order`).
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("ComputeHvp", inputs, common) as draft:
             moved = draft.tangents(tangents)
             draft.cotangents(cotangents)
@@ -394,7 +394,7 @@ class RemoteModel:
 
         Raises ResultTooLarge (before anything is computed), ComplexUnsupported.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("ComputeJacobian", inputs, common) as draft:
             draft.wrt(wrt, allow_unused)
             if not return_outputs:
@@ -432,7 +432,7 @@ class RemoteModel:
         Raises ResultTooLarge (before anything is computed), ComplexUnsupported, OrderUnavailable; MissingCotangent
         when the function is not one real scalar.
         """
-        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly)
+        common = Common(loss, target, targets, parameters, train, seed, result_dtype, detect_anomaly, timeout)
         with self._caller.draft("ComputeHessian", inputs, common) as draft:
             draft.wrt(wrt, allow_unused)
             if not return_outputs:

@@ -30,6 +30,7 @@ class Common:
     seed: int | None
     result_dtype: Any
     detect_anomaly: bool = False
+    timeout: float | None = None
 
 
 class Draft:

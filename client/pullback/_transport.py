@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from google.protobuf.message import Message
@@ -177,9 +178,9 @@ class Transport:
         while True:
             attempt += 1
             try:
-                return self._attempt(lambda left: make(left, authorization), what, limit, end, id)
+                return self._attempt(partial(make, authorization=authorization), what, limit, end, id)
             except errors.Unauthenticated:
-                # Refused before anything was done. A token may have expired between being asked for and being looked at.
+                # Refused before anything was done. A token may have expired since it was asked for.
                 if renewed or attempt == attempts:
                     raise
                 renewed = True

@@ -164,7 +164,7 @@ class PermissionDenied(PullbackError, PermissionError):
 
 
 class Unauthenticated(PullbackError, PermissionError):
-    """The server does not know who is calling: no token was given to `connect`, or one that is not known, or expired."""
+    """The server does not know who is calling: `connect` was given no token, or one that is unknown or expired."""
 
     default_code = Code.UNAUTHENTICATED
     cause = Reason.UNAUTHENTICATED

@@ -102,7 +102,7 @@ def test_draining_loses_nothing_and_says_so_everywhere(served: Callable[..., Ser
         session.get(x)
         away = [frame.go_away for frame in session.seen if frame.WhichOneof("frame") == "go_away"]
         assert len(away) == 1 and "shutting down" in away[0].reason
-        assert 20 < away[0].time_left.ToMilliseconds() / 1000 <= 26
+        assert 19 < away[0].time_left.ToMilliseconds() / 1000 <= 26
         with pytest.raises(grpc.RpcError) as ended:
             empty.wait(99)
         assert ended.value.code() is grpc.StatusCode.ABORTED

@@ -44,7 +44,7 @@ class Probes:
                 ("grpc.server_handshake_timeout_ms", 5000),
                 # A prober that leaves its connection open does not keep one of the places for ever.
                 ("grpc.max_connection_idle_ms", 60_000),
-            ]
+            ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.servicer, self._server)
         self.port = bound(self._server, host, port, None)

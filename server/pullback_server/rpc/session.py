@@ -71,7 +71,13 @@ class SessionHandler:
             return
         self._draining = end
         for stream in self._streams:
-            stream.go_away(seconds, "the server is shutting down")
+            self._send_away(stream)
+
+    def _send_away(self, stream: Stream) -> None:
+        if self._draining is not None:
+            left = max(self._draining - time.monotonic(), 0.0)
+            # It shall end with its own status, before gRPC ends what is left.
+            stream.go_away(left - min(_SAME_TIME, left / 10), "the server is shutting down")
 
     async def _serve(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         code = grpc.StatusCode.CANCELLED
@@ -149,6 +155,8 @@ class SessionHandler:
             await context.send_initial_metadata(entry.trailers(None))
             await context.write(encode(answer.SerializeToString(), ()))
             self._streams.add(stream)
+            # Where that was said while it was opened.
+            self._send_away(stream)
             try:
                 with self._access.keep(caller(), "session", stream.end):
                     await stream.serve(opening.op)
