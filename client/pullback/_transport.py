@@ -6,7 +6,6 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from google.protobuf.message import Message
@@ -178,7 +177,7 @@ class Transport:
         while True:
             attempt += 1
             try:
-                return self._attempt(partial(make, authorization=authorization), what, limit, end, id)
+                return self._attempt(make, authorization, what, limit, end, id)
             except errors.Unauthenticated:
                 # Refused before anything was done. A token may have expired since it was asked for.
                 if renewed or attempt == attempts:
@@ -199,7 +198,13 @@ class Transport:
             authorization = self.address.authorization()
 
     def _attempt(
-        self, make: Callable[[float | None], bytes], what: str, limit: float | None, end: float, id: str
+        self,
+        make: Callable[[float | None, Metadata], bytes],
+        authorization: Metadata,
+        what: str,
+        limit: float | None,
+        end: float,
+        id: str,
     ) -> bytes:
         if self._channel.closed:
             raise self._is_closed(what)
@@ -209,7 +214,7 @@ class Transport:
 
             left = None if limit is None else max(end - time.monotonic(), 0.0)
             try:
-                return make(left)
+                return make(left, authorization)
             except grpc.RpcError as error:
                 if self._channel.closed:
                     raise self._is_closed(what) from error

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 from google.protobuf.message import Message
-from tests.fuzz import mutating
+from tests.fuzz import mutating, token_target
 
 from pullback_server.faults import Fault
 from pullback_server.hosting.loading import LoadError
@@ -220,6 +220,7 @@ TARGETS: Mapping[str, Target] = {
     "job": Target(job, (WireError, Fault), _chosen(_GRADIENT)),
     "op": Target(op, (WireError, Fault), _one(session.SessionRequest)),
     "upload": Target(upload, (Fault, LoadError), mutating.safetensors),
+    "token": Target(token_target.verify, (Fault,), token_target.mutate),
     "ipc": Target(ipc, (FrameError,)),
     "trailers": Target(trailers, ()),
 }
@@ -247,6 +248,8 @@ def seeds(name: str, unary: Mapping[str, Sequence[bytes]], sessions: Sequence[Se
         from safetensors.numpy import save
 
         return [save({"weight": np.zeros((2, 3)), "bias": np.zeros(2, np.float32)}), save({})]
+    if name == "token":
+        return [token_target.token()]
     if name == "ipc":
         run = messages.Run(1, SessionJob(1, 2, [3], _ops.op(session.SessionRequest(get=session.GetOp(handles=[1])), ()),
                                          4, 5), 1.0, [8], None)  # fmt: skip
