@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -29,8 +30,8 @@ Maybe = Iterable[torch.Tensor | None]
 _NOTHING = Health()
 #: Norms below are computed anew in double precision: squares of what they are made of may be lost in a float32.
 _TINY = 1e-15
-#: Elements that numpy compares at a time: what it makes of them stays in the processor's cache.
-_CHUNK = 1 << 16
+#: Elements that numpy compares at a time.
+_CHUNK = 1 << 18
 #: Where they are compared. A worker computes one job at a time.
 _scratch = np.empty(_CHUNK, dtype=bool)
 _KINDS = (torch.Tensor, torch.nn.Parameter)
@@ -255,31 +256,33 @@ def _by_rows(
     rest = _norms([_values(tensor) for tensor in others])
     suspicion = _packed(rest).sum() if rest else torch.zeros(())
     sums = [_norms_by_row(gradient, axis) for gradient in whole]
-    counts = [_nonzeros_by_row(g, axis) for g in whole]
     widths = sum(gradient.numel() // gradient.shape[axis] for gradient in whole)
 
-    def judged(sums: Sequence[np.ndarray], counts: Sequence[np.ndarray], clean: bool) -> list[Signs | None]:
-        edges = [edge for start, rows in parts for edge in (start, start + rows)]
-        squares = _between(edges, [np.square(one) for one in sums])
-        nonzero = _between(edges, counts)
+    def judged(norms: Sequence[Sequence[float]], counts: Sequence[int], clean: bool) -> list[Signs | None]:
+        """norms: of the rows of each gradient. counts: of elements that are not zero, of each call."""
         if not whole:
             return [Signs(_NOTHING) if clean else _examined(subject(index)) for index in range(len(parts))]
         signs: list[Signs | None] = []
-        for index, (square, number) in enumerate(zip(squares, nonzero, strict=True)):
-            if not clean or not square < math.inf or (square < _TINY**2 and number):
+        for index, ((start, rows), number) in enumerate(zip(parts, counts, strict=True)):
+            norm = math.hypot(*(norm for of_rows in norms for norm in of_rows[start : start + rows]))
+            if not clean or not norm < math.inf or (norm < _TINY and number):
                 signs.append(_examined(subject(index)))
             else:
-                size = widths * parts[index][1]
-                signs.append(Signs(Health(math.sqrt(square), size, size - int(number))))
+                size = widths * rows
+                signs.append(Signs(Health(norm, size, size - number)))
         return signs
 
     if all(tensor.is_cpu for tensor in (*whole, suspicion)):
-        return judged([one.numpy() for one in sums], [one.numpy() for one in counts], math.isfinite(suspicion))
-    packed = _packed([*sums, *counts]) if whole else None
+        counts = [0] * len(parts)
+        for gradient in whole:
+            counts = list(map(operator.add, counts, _nonzeros_by_part(gradient, axis, parts)))
+        return judged([one.tolist() for one in sums], counts, math.isfinite(suspicion))
+    packed = _packed([*sums, sum(_nonzeros_by_row(gradient, axis) for gradient in whole)]) if whole else None
 
     def read() -> list[Signs | None]:
-        half = [] if packed is None else list(packed.cpu().numpy())
-        return judged(half[: len(sums)], half[len(sums) :], math.isfinite(suspicion.item()))
+        *norms, by_row = [[]] if packed is None else packed.tolist()
+        counts = [int(sum(by_row[start : start + rows])) for start, rows in parts]
+        return judged(norms, counts, math.isfinite(suspicion.item()))
 
     shared = functools.cache(read)
     return [Signs(None, functools.partial(_of_member, shared, index)) for index in range(len(parts))]
@@ -300,16 +303,13 @@ def _norms_by_row(tensor: torch.Tensor, axis: int) -> torch.Tensor:
 
 def _nonzeros_by_row(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     across = tuple(other for other in range(tensor.ndim) if other != axis)
-    if tensor.is_cpu and _is_plain(tensor):
-        return torch.from_numpy(np.asarray(np.count_nonzero(tensor.numpy() != 0, axis=across)))
     return torch.count_nonzero(tensor, dim=across) if across else (tensor != 0).long()
 
 
-def _between(edges: Sequence[int], rows: Sequence[np.ndarray]) -> list[float]:
-    """Sums of rows from each edge with an even place to the next one."""
-    if not rows:
-        return [0.0] * (len(edges) // 2)
-    # One more row, for an edge may lie behind the last.
-    total = np.append(np.sum(rows, axis=0, dtype=np.float64), 0.0)
-    found: list[float] = np.add.reduceat(total, edges)[::2].tolist()
-    return found
+def _nonzeros_by_part(tensor: torch.Tensor, axis: int, parts: Sequence[tuple[int, int]]) -> list[int]:
+    """Of each part along an axis, how many elements are not zero. The tensor is in the processor's own memory."""
+    if not _is_plain(tensor):
+        by_row = _nonzeros_by_row(tensor, axis).tolist()
+        return [sum(by_row[start : start + rows]) for start, rows in parts]
+    other = np.moveaxis(tensor.numpy() != 0, axis, 0)
+    return [int(np.count_nonzero(other[start : start + rows])) for start, rows in parts]

@@ -34,9 +34,10 @@ class GradientHandler:
         """Raises Fault or WireError."""
         asked, payloads = split(data, bounded=True)
         known = self._known.find(method.name, asked, payloads)
-        if known is not None and self._translator.signature(known.model, known.version) is known.signature:
-            # Whoever asked before may have been somebody else.
+        if known is not None:
+            # Whoever asked before may have been somebody else. First of all: what else is said tells of the model.
             caller().need_model(known.model, "function.model")
+        if known is not None and self._translator.signature(known.model, known.version) is known.signature:
             job, signature = known.job, known.signature
             call.model = known.model
         else:

@@ -12,6 +12,7 @@ import grpc
 
 from pullback_server import tracking
 from pullback_server.faults import Fault
+from pullback_server.rpc import status
 from pullback_server.rpc.ids import abort, id_of
 from pullback_server.rpc.origin import Told
 from pullback_server.telemetry import Metrics
@@ -65,6 +66,17 @@ class Journal:
         entry = Entry(self, service, method, told, began)
         tracking.begin(entry.request)
         return entry
+
+    def refused(self, path: str, told: Told, fault: Fault, caller: str) -> None:
+        """A call was turned away at the gate: it has an id and a line like others.
+
+        But no span, and it is not counted: anybody may make as many as they like.
+        """
+        request = Request(id_of(told)[0])
+        tracking.begin(request)
+        if self.access:
+            method = _word(path.rpartition("/")[2])
+            _write(method, status.grpc_code(fault.reason).name, 0.0, {"reason": fault.reason.value}, caller, request)
 
 
 class Entry:
@@ -176,19 +188,25 @@ class Entry:
         span.end(code, reason, about)
 
     def _line(self, code: str, seconds: float, caller: str, more: Mapping[str, str | int]) -> None:
-        """The access log's line."""
-        fields = {
-            "method": self._method,
-            "code": code,
-            "seconds": round(seconds, 6),
-            **more,
-            "caller": caller,
-            "request_id": self.request.id,
-            "trace_id": self.request.trace_id,
-        }
-        told = [f"{name}={_word(value)}" for name, value in fields.items() if value != "" and name not in _TOLD]
-        # Nothing is told twice: on a console the line goes on with the words, in JSON there are the fields.
-        _access.info("%s %s", self._method, code, extra=fields | {"_words": " ".join(told)})
+        _write(self._method, code, seconds, more, caller, self.request)
+
+
+def _write(
+    method: str, code: str, seconds: float, more: Mapping[str, str | int], caller: str, request: Request
+) -> None:
+    """A line of the access log."""
+    fields = {
+        "method": method,
+        "code": code,
+        "seconds": round(seconds, 6),
+        **more,
+        "caller": caller,
+        "request_id": request.id,
+        "trace_id": request.trace_id,
+    }
+    told = [f"{name}={_word(value)}" for name, value in fields.items() if value != "" and name not in _TOLD]
+    # Nothing is told twice: on a console the line goes on with the words, in JSON there are the fields.
+    _access.info("%s %s", method, code, extra=fields | {"_words": " ".join(told)})
 
 
 def _word(value: object) -> str:

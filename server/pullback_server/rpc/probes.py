@@ -6,6 +6,8 @@ port of their own, on which nothing else is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -15,13 +17,29 @@ from pullback_server.rpc.decoding import Decoding
 _STATES = health_pb2.HealthCheckResponse
 #: Whether the event loop runs: whoever answers does. Whether calls should come here.
 LIVENESS, READINESS = "liveness", "readiness"
+#: What names of services begin with, besides these. Whatever else health is asked about is a model.
+_SERVICES = ("pullback.v1.", "grpc.")
+
+
+def is_open(name: str) -> bool:
+    """Whether a name that health is asked about is none of a model's, so that everybody may ask.
+
+    A model that is called so has no health of its own: it must not pass for the server's.
+    """
+    return name in ("", LIVENESS, READINESS) or name.startswith(_SERVICES)
+
+
+class _Health(HealthServicer):  # type: ignore[misc]
+    async def List(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        """Would name every model to everybody. Without this one gRPC writes a traceback for each such call."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
 class Probes:
     """What health says of the process; `servicer` says so on the port of the other services too."""
 
     def __init__(self) -> None:
-        self.servicer = HealthServicer()
+        self.servicer = _Health()
         self._server: grpc.aio.Server | None = None
         self.port = 0
 

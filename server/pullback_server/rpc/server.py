@@ -20,7 +20,7 @@ from pullback_server.rpc.gradient import GradientHandler
 from pullback_server.rpc.graphs import Graphs
 from pullback_server.rpc.journal import Journal
 from pullback_server.rpc.models import ModelHandler
-from pullback_server.rpc.probes import Probes, bound
+from pullback_server.rpc.probes import Probes, bound, is_open
 from pullback_server.rpc.request import ResultLimits, Translator
 from pullback_server.rpc.security import Access, Gate
 from pullback_server.rpc.session import SessionHandler
@@ -98,7 +98,8 @@ class Front:
         limits = ResultLimits(options.max_message_bytes, options.max_cotangents)
         translator = Translator(self._catalogue, limits)
         gradients = GradientHandler(translator, scheduler, metrics, self._executor)
-        gate = Gate(access, certificates is not None and certificates.client_certificates)
+        by_certificate = certificates is not None and certificates.client_certificates
+        gate = Gate(access, by_certificate, options.max_metadata_bytes, journal.refused)
         self._server = grpc.aio.server(interceptors=[Decoding(), gate], options=_channel_options(options))
         session_options = SessionOptions(
             options.session_bytes,
@@ -175,7 +176,7 @@ class Front:
         """The health of each model that can be called, or could be."""
         async with self._announcing:
             states = health_pb2.HealthCheckResponse
-            names = set(self._catalogue.names()) if self._serving else set()
+            names = {name for name in self._catalogue.names() if not is_open(name)} if self._serving else set()
             for name in sorted(names ^ self._announced):
                 await self._health.set(name, states.SERVING if name in names else states.NOT_SERVING)
             self._announced = names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -12,6 +12,7 @@ import grpc
 from pullback_server.faults import Fault
 from pullback_server.rpc import status
 from pullback_server.rpc.ids import refuse
+from pullback_server.rpc.probes import is_open
 from pullback_server.rpc.security.access import Access
 from pullback_server.rpc.security.callers import Caller, Credentials, enter
 from pullback_server.rpc.security.principals import Right
@@ -20,7 +21,11 @@ from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Reas
 
 logger = logging.getLogger(__name__)
 
-_HEALTH = "/grpc.health.v1.Health/"
+_HEALTH = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+#: What each key of metadata costs besides its characters, as HTTP/2 counts.
+_OF_EACH = 32
+#: Characters of a method's name that the log repeats, for it is whatever a caller writes.
+_SHOWN = 128
 _ANY: tuple[Right, ...] = ("call", "session")
 _READING: tuple[Right, ...] = ("call", "session", "upload", "admin")
 _MODELS: dict[str, tuple[Right, ...]] = {
@@ -39,23 +44,26 @@ NEEDED: dict[str, tuple[Right, ...]] = {
     f"/{SESSION_SERVICE}/Session": ("session",),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
 }
-#: Names that health may be asked about by anybody; any other is a model's.
-_OPEN_NAMES = ("pullback.v1.", "grpc.")
-_PROBES = ("", "liveness", "readiness")
-
 #: Raises Fault, or else has entered the caller, whom it returns where quotas count. Given a request and its context.
 _Before = Callable[[Any, grpc.aio.ServicerContext], Caller | None]
+
+#: Told of each call that is turned away: its path, its metadata, why, and who made it.
+Refused = Callable[[str, Mapping[str, str | bytes], Fault, str], None]
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The interceptor. Health alone is open to all, but for what it says of models.
 
     certificates: whether clients have any, so that who calls is known only once the connection can be asked.
+    max_metadata_bytes: of a call. gRPC holds its peer to that, too, but not before the peer has agreed to it, and so
+    not the first calls of a connection.
     """
 
-    def __init__(self, access: Access, certificates: bool) -> None:
+    def __init__(self, access: Access, certificates: bool, max_metadata_bytes: int, refused: Refused) -> None:
         self._access = access
         self._certificates = certificates
+        self._max_metadata_bytes = max_metadata_bytes
+        self._refused = refused
         self._log = _Refusals()
 
     async def intercept_service(
@@ -65,8 +73,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method = details.method
         try:
             handler = await continuation(details)
+            self._check_size(details.invocation_metadata)
             credentials = _credentials(details.invocation_metadata)
-            if handler is not None and method.startswith(_HEALTH):
+            if handler is not None and method in _HEALTH:
                 return self._wrapped(handler, self._of_health(credentials), method)
             before = self._of_call(method, credentials)
             if handler is None or method not in NEEDED:
@@ -81,12 +90,25 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
             return self._refusing(refuse, method)
 
+    def _check_size(self, metadata: Any) -> None:
+        """Raises Fault (BAD_OPTION) for more metadata than are allowed."""
+        size = sum(len(key) + len(value) + _OF_EACH for key, value in metadata or ())
+        if size > self._max_metadata_bytes:
+            raise Fault(
+                Reason.BAD_OPTION,
+                f"the metadata have {size} bytes, at most {self._max_metadata_bytes} are allowed (pullback-server "
+                "serve --max-metadata-bytes)",
+            )
+
     def _of_call(self, method: str, credentials: Credentials) -> _Before:
         """Raises Fault where the call can be refused before a byte of its request is read."""
         known = None if self._certificates and not credentials.authorization else self._admit(method, credentials)
 
         def before(request: Any, context: grpc.aio.ServicerContext) -> Caller:
             caller = known or self._admit(method, credentials._replace(certificate=_certificate(context)))
+            if caller.stale and method in NEEDED:
+                # The request may have come long after its metadata.
+                caller.need(*NEEDED[method])
             caller.usage.call(len(request) if isinstance(request, bytes) else 0)
             enter(caller)
             return caller
@@ -96,7 +118,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _of_health(self, credentials: Credentials) -> _Before:
         def before(request: Any, context: grpc.aio.ServicerContext) -> None:
             name = request.service
-            if name in _PROBES or name.startswith(_OPEN_NAMES):
+            if is_open(name):
                 return
             caller = self._access.admit(credentials._replace(certificate=_certificate(context)))
             caller.need(*_ANY)
@@ -157,6 +179,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return before(request, context)
         except Exception as error:
             fault = status.fault_of(error, f"letting {method!r} in")
+        self._refused(method, dict(context.invocation_metadata() or ()), fault, context.peer())
         self._log.tell(fault, method, context.peer())
         # Raises.
         await refuse(context, fault)
@@ -179,7 +202,9 @@ class _Refusals:
         self._bucket.take(1.0)
         more = f" (and {self._passed_over} others before)" if self._passed_over else ""
         self._passed_over = 0
-        logger.warning("%s of %s refused with %s: %s%s", method, peer, fault.reason.value, fault.message, more)
+        # A method's name is the caller's word, which must not look like several lines.
+        shown = ascii(method[:_SHOWN])[1:-1]
+        logger.warning("%s of %s refused with %s: %s%s", shown, peer, fault.reason.value, fault.message, more)
 
 
 def _credentials(metadata: Any) -> Credentials:
