@@ -31,10 +31,16 @@ class Authority:
         self.pem = signed.public_bytes(serialization.Encoding.PEM)
 
     def certify(
-        self, *hosts: str, uris: tuple[str, ...] = (), common: str = "somebody", begins: float = -1, ends: float = 30
+        self,
+        *hosts: str,
+        uris: tuple[str, ...] = (),
+        common: str = "somebody",
+        begins: float = -1,
+        ends: float = 30,
+        key: Any = None,
     ) -> tuple[bytes, bytes]:
-        """A certificate and its key, PEM. begins, ends: days from now."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        """A certificate and its key, PEM. begins, ends: days from now. key: None: one on P-256."""
+        key = ec.generate_private_key(ec.SECP256R1()) if key is None else key
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         certificate = _begun(name, self._name, key, begins, ends).add_extension(issuer, critical=False)

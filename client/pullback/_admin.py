@@ -1,4 +1,7 @@
-"""Administrative calls: they change what a server serves, need rights, and are never repeated by the client itself."""
+"""Administrative calls: they change what a server serves, need rights, and are not repeated once one may have begun.
+
+They are made again only where no server was reached, or where one did not take the token and there is another by now.
+"""
 
 from __future__ import annotations
 

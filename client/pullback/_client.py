@@ -115,7 +115,7 @@ class Client:
 
         What served before goes on serving until then, and if the new one cannot be loaded. It goes on too when this
         call runs out of time. Needs the right "admin" (see `token` of `connect`). Made again only where no server was
-        reached.
+        reached, or where one wants a fresher token.
 
         version: None: those that the model's version policy picks; others are unloaded.
         timeout: seconds; None: the client's default.
@@ -137,7 +137,7 @@ class Client:
     ) -> None:
         """Takes a version out of service: calls do not find it any more, those under way end, sessions keep theirs.
 
-        Needs the right "admin". Made again only where no server was reached.
+        Needs the right "admin". Made again only where no server was reached, or where one wants a fresher token.
 
         version: None: all of them.
         delete_uploads: also deletes what was uploaded, so that no restart brings it back and its number is free again;
@@ -163,7 +163,7 @@ class Client:
         """Makes a new version of a model's architecture with other weights. Returns the model once it is ready.
 
         Needs the right "upload". Where anything goes wrong, nothing of it is left on the server. Made again
-        only where no server was reached.
+        only where no server was reached, or where one wants a fresher token.
 
         weights: the path of a safetensors file, its bytes, a binary file that can seek (taken from where it stands),
             or arrays by name, of any dtype but complex128; bfloat16 and float8 are ml_dtypes'. Read twice: for the
@@ -279,6 +279,8 @@ def _token(token: Token | None, authorized: bool) -> Token | None:
     """The token to be sent; None: none. authorized: whether the metadata tell who is calling. Raises ValueError."""
     if token is None:
         return None if authorized else os.environ.get(_TOKEN_VARIABLE, "").strip() or None
+    if not (isinstance(token, str) or callable(token)):
+        raise ValueError(f"token is {type(token).__name__}, expected a str, or a function that returns one")
     if token and authorized:
         raise ValueError("token is given, and metadata has an authorization too; give one of them")
     return token or None

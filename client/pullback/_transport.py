@@ -114,7 +114,8 @@ class Transport:
         """The bytes of the answer to `data`.
 
         attempts: how many there are at most, where it is not the policy's to say.
-        pure: False: it changes something, so it is made again only after attempts that did not reach a server.
+        pure: False: it changes something, so it is made again only after attempts that did not reach a server, or that
+            one refused for their token, where there is another by now.
 
         Raises PullbackError: the last attempt's, when none succeeded.
         """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pullback_server.config import Config
 from pullback_server.fleet import LocalFleet, StartError
+from pullback_server.fleet.seam import WorkerState
 from pullback_server.hosting import Registration
 from pullback_server.hosting.manifest import RepositoryError
 from pullback_server.hosting.repository import Repository
@@ -25,6 +26,7 @@ from pullback_server.rpc import (
     PrincipalsError,
     Probes,
     TlsFiles,
+    vacant,
 )
 from pullback_server.scheduling import Limits, Policy, Scheduler, Tally
 from pullback_server.telemetry import Devices, Endpoint, Metrics, Status, Vitals
@@ -105,6 +107,8 @@ class App:
             )
             self._vitals.reason = "loading models"
             await self._probes.start(config.host, config.health_port)
+            # The port opens when the models are loaded; that it is taken shall not be found out only then.
+            vacant(config.host, config.port)
             self._tracing = _tracing(config)
             await self._fleet.start()
             scheduler = Scheduler(self._fleet, _policy(config), _Tally(self._metrics))
@@ -155,11 +159,12 @@ class App:
                 self._tracing,
                 certificates,
             )
+            await self._look()
             await self._front.start()
         except BaseException:
             await self.stop(0)
             raise
-        self._vitals.ready = True
+        self._vitals.serving = True
         self._tell()
 
     async def shut_down(self, drain: float, grace: float) -> None:
@@ -168,7 +173,7 @@ class App:
 
         Sessions are told at the beginning how long they have.
         """
-        self._vitals.ready = False
+        self._vitals.serving = False
         self._vitals.reason = "draining"
         self._metrics.draining.set(1)
         if self._curator is not None:
@@ -183,7 +188,7 @@ class App:
 
         at_once: kills workers instead of asking them. May be called again when it was cancelled.
         """
-        self._vitals.ready = False
+        self._vitals.serving = False
         self._vitals.reason = "stopping"
         if self._curator is not None:
             self._curator.stop()
@@ -246,7 +251,12 @@ class App:
                 self._status.beat()
             if self._curator is not None:
                 self._curator.table.refresh()
+            await self._look()
             await asyncio.sleep(1.0)
+
+    async def _look(self) -> None:
+        self._vitals.computing = any(worker.state is WorkerState.READY for worker in self._fleet.workers)
+        await self._probes.computing(self._vitals.computing)
 
     def _tell(self) -> None:
         for versions in self._fleet.signatures.values():
@@ -278,7 +288,7 @@ def _secured(config: Config, metrics: Metrics) -> tuple[Access, Certificates | N
     if config.principals is not None and not config.metrics_tls and not _loopback(config.host):
         logger.warning("tokens that come to the metrics port come in plain text (see --metrics-tls)")
     try:
-        access = Access(config.principals, metrics)
+        access = Access(config.principals, metrics, config.metrics_tls and config.tls_client_ca is not None)
         return access, None if files is None else Certificates(files, metrics.certificate_expiry.set)
     except (PrincipalsError, CertificateError) as error:
         raise StartError(str(error)) from error

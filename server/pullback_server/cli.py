@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,15 @@ def _config(args: list[str]) -> int:
 
 
 def _refused(error: ValidationError | ConfigFileError | SettingsError) -> int:
-    problems = [_explain(dict(one)) for one in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+    if isinstance(error, ValidationError):
+        problems = [_explain(dict(one)) for one in error.errors()]
+    elif isinstance(error, SettingsError) and (
+        field := re.search(r'field "(\w+)" from source "EnvSettings', str(error))
+    ):
+        # Not with what was found there, which may be secret.
+        problems = [f"PULLBACK_{field[1].upper()} in the environment is not the JSON that it should be"]
+    else:
+        problems = [str(error)]
     for problem in problems:
         print(f"pullback-server: {problem}", file=sys.stderr)
     return 2
@@ -191,6 +200,7 @@ async def _run(config: Config) -> int:
     # A signal while models load must not wait for them.
     await asyncio.wait([starting, asked], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
+        logger.info("stopping before the models were loaded")
         starting.cancel()
         await asyncio.wait([starting])
         return 0

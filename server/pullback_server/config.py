@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,9 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+
+#: An empty one is a mistake, such as a variable that was never set, and must not pass for one that is left out.
+_Given = Annotated[str, Field(min_length=1)]
 
 
 class ConfigFileError(Exception):
@@ -58,7 +62,7 @@ class Config(BaseSettings):
         extra="forbid",
     )
 
-    config: str | None = Field(
+    config: _Given | None = Field(
         None,
         description="TOML file of these options, named as here with underscores; flags and the environment come first",
     )
@@ -68,7 +72,7 @@ class Config(BaseSettings):
         description="Python files (models.py) or importable modules (package.models) that register models; "
         "in the environment separated by commas",
     )
-    repository: str | None = Field(
+    repository: _Given | None = Field(
         None,
         description="model repository: a folder, or any URL that fsspec knows (s3://..., gs://...), with "
         "NAME/model.toml and NAME/VERSION/",
@@ -87,12 +91,16 @@ class Config(BaseSettings):
     repository_options: dict[str, Any] = Field(
         {}, description="JSON: options of fsspec for the repository, e.g. of s3fs"
     )
-    load_model: list[str] = Field([], description="in mode explicit: a model, or MODEL:VERSION, to load at the start")
+    load_model: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="in mode explicit: a model, or MODEL:VERSION, to load at the start; in the environment separated "
+        "by commas",
+    )
     exit_on_error: bool = Field(True, description="do not start when a model of the repository cannot be loaded")
-    state_dir: str | None = Field(
+    state_dir: _Given | None = Field(
         None, description="folder for copies of what is loaded [default: the system's folder for temporary files]"
     )
-    uploads: str | None = Field(None, description="folder for weights that callers upload [default: they may not]")
+    uploads: _Given | None = Field(None, description="folder for weights that callers upload [default: they may not]")
     max_upload_bytes: int = Field(16 << 30, ge=8, description="largest upload")
     max_uploads_bytes: int = Field(64 << 30, ge=8, description="largest sum of the uploads that are kept")
     gate: bool = Field(True, description="check gradients when models are loaded, where a model does not say itself")
@@ -109,13 +117,15 @@ class Config(BaseSettings):
     insecure: bool = Field(
         False, description="allow an address that others can reach without TLS, where something else protects it"
     )
-    tls_cert: str | None = Field(None, description="PEM certificate chain; read anew when it changes")
-    tls_key: str | None = Field(None, description="PEM private key of the certificate; read anew when it changes")
-    tls_client_ca: str | None = Field(
-        None, description="PEM certificates that vouch for clients, who then need one; read anew when it changes"
+    tls_cert: _Given | None = Field(None, description="PEM certificate chain; read anew when it changes")
+    tls_key: _Given | None = Field(None, description="PEM private key of the certificate; read anew when it changes")
+    tls_client_ca: _Given | None = Field(
+        None,
+        description="PEM certificates that vouch for clients, who then need one for gRPC, and may have one on the "
+        "metrics port; read anew when it changes",
     )
     metrics_tls: bool = Field(False, description="the metrics port speaks HTTPS, with the same certificate")
-    principals: str | None = Field(
+    principals: _Given | None = Field(
         None,
         description="TOML file that says who may do what, by bearer token, JWT or client certificate; read anew when "
         "it changes [default: everybody may call, nobody may administer]",
@@ -152,10 +162,10 @@ class Config(BaseSettings):
     max_queue_seconds: float | None = Field(
         None, gt=0, description="longest a call may wait for a worker [default: until its deadline]"
     )
-    caller_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    caller_weights: Annotated[dict[str, Annotated[float, Field(gt=0)]], NoDecode] = Field(
         {},
         description="shares of the workers' time by caller (metadata pullback-caller), 1 for those not named; "
-        "JSON, or caller=weight",
+        "JSON, or caller=weight, in the environment separated by commas",
     )
     batching: bool = Field(True, description="merge requests of several callers, where a model's rows are independent")
     shadow_share: float = Field(
@@ -208,11 +218,37 @@ class Config(BaseSettings):
     log_format: Literal["console", "json"] = Field("console", description="how it is written, on stderr")
     access_log: bool = Field(False, description="log a line for each call, and for each session at its end")
 
-    @field_validator("models", mode="before")
+    # The command line joins several with commas on their way here.
+
+    @field_validator("models", "load_model", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        # The command line joins several with commas on their way here.
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("caller_weights", mode="before")
+    @classmethod
+    def _paired(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found: dict[str, object] = {}
+        rest = value.strip(" ,")
+        while rest:
+            if rest.startswith("{"):
+                told, end = json.JSONDecoder().raw_decode(rest)
+                found |= told
+                rest = rest[end:].lstrip(" ,")
+                continue
+            pair, _, rest = rest.partition(",")
+            caller, equals, weight = pair.rpartition("=")
+            if not equals:
+                raise ValueError("expected caller=weight, several with commas between them, or JSON")
+            found[caller.strip()] = weight.strip()
+            rest = rest.lstrip(" ,")
+        return found
 
     @classmethod
     def settings_customise_sources(

@@ -15,10 +15,10 @@ from pullback_server.faults import nearest
 
 MASK = "***"
 #: Names under which people keep what nobody else should read.
-_SECRET = re.compile(r"secret|passw|token|key|credential", re.IGNORECASE)
+_SECRET = re.compile(r"secret|passw|token|key|credential|auth|connection_string|signature|^sas", re.IGNORECASE)
 
 #: Variables of the client.
-_OF_CLIENTS = {"PULLBACK_TARGET", "PULLBACK_TOKEN", "PULLBACK_KEY"}
+_OF_CLIENTS = {"PULLBACK_TARGET", "PULLBACK_TOKEN"}
 
 #: What pydantic-settings calls where values come from, and what we do.
 _FLAG, _ENVIRONMENT, _FILE = "CliSettingsSource", "EnvSettingsSource", "ConfigFile"
@@ -45,7 +45,10 @@ def report(args: list[str], *, as_json: bool) -> str:
 
 
 def masked(name: str, value: Any) -> Any:
-    """A value without what nobody else should read: passwords in URLs, and options that are called like secrets."""
+    """A value without what nobody else should read.
+
+    That is passwords and signatures in URLs, and options that are called like secrets.
+    """
     if isinstance(value, Mapping):
         return {
             key: MASK if _SECRET.search(key) and inner is not None else masked(key, inner)
@@ -53,9 +56,12 @@ def masked(name: str, value: Any) -> Any:
         }
     if isinstance(value, list):
         return [masked(name, one) for one in value]
-    if isinstance(value, str) and "@" in value and "://" in value:
+    if isinstance(value, str) and "://" in value:
         parts = urlsplit(value)
-        return urlunsplit(parts._replace(netloc=f"{MASK}@{parts.netloc.rpartition('@')[2]}"))
+        if "@" in parts.netloc:
+            parts = parts._replace(netloc=f"{MASK}@{parts.netloc.rpartition('@')[2]}")
+        # Where signed URLs have their signature.
+        return urlunsplit(parts._replace(query=re.sub(r"=[^&]*", f"={MASK}", parts.query)))
     return value
 
 

@@ -61,7 +61,8 @@ class Server:
     @property
     def target(self) -> str:
         """What `pullback.connect` takes."""
-        return f"{self._config.host}:{self.port}"
+        host = self._config.host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def start(self) -> Server:
         """Returns when every worker holds every model and calls are answered."""

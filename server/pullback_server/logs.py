@@ -128,8 +128,14 @@ def record_of(line: bytes, worker: str) -> logging.LogRecord | None:
     """The record in a line that a worker wrote after RECORD; None where there is none."""
     try:
         told = json.loads(line)
-        return logging.makeLogRecord({**told, "name": str(told["name"]), "msg": str(told["msg"]), "worker": worker})
-    except (ValueError, KeyError, TypeError):
+        # What _ToFront writes, and nothing else: a model may write to its stderr what it likes.
+        created = float(told["created"])
+        # Only a time that can be written is one.
+        _iso(created)
+        found = {"levelno": int(told["levelno"]), "created": created, "worker": worker}
+        texts = ("name", "levelname", "msg", "request_id", "trace_id", "exc_text")
+        return logging.makeLogRecord(found | {name: str(told[name]) for name in texts if name in told})
+    except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
         return None
 
 

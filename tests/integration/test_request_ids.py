@@ -141,6 +141,13 @@ def test_an_id_that_is_none_is_refused_under_a_new_one(house: House, id: str) ->
     assert vjp(house, ((REQUEST_ID_KEY, "x" * 128),)).result()
 
 
+def test_a_name_of_a_megabyte_makes_no_line_of_a_megabyte(house: House) -> None:
+    call = vjp(house, ((REQUEST_ID_KEY, "long name"),), model="m" * (1 << 20))
+    assert call.code() is grpc.StatusCode.NOT_FOUND
+    (line,) = house.about("long name", "pullback_server.access")
+    assert line["model"] == "m" * 128
+
+
 def test_the_clients_errors_carry_it(house: House) -> None:
     with pytest.raises(pb.errors.ModelNotFound) as caught:
         house.client.model("none such").evaluate({"x": np.zeros(2)})

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -142,6 +145,25 @@ def test_a_second_signal_does_not_wait_for_calls_either(served: Callable[..., Se
     assert running.exception(timeout=10) is not None
 
 
+def test_a_signal_before_anything_is_there_ends_it(tmp_path: Path) -> None:
+    """The first process of a container has only the handlers that it installs, so one must stand before the imports."""
+    code = """
+import os, signal, sys
+
+class Asked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pullback_server.cli":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Asked())
+sys.argv = ["pullback-server", "serve", "models.py"]
+from pullback_server.__main__ import main
+sys.exit(main())
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_ctrl_c_does_not_drain(served: Callable[..., Served]) -> None:
     server = served("--drain-seconds", "100")
     server.process.send_signal(signal.SIGINT)
@@ -167,6 +189,37 @@ def test_probes_answer_while_models_load(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait(30)
+
+
+def test_a_server_without_a_ready_worker_is_not_ready_and_is_again(served: Callable[..., Served]) -> None:
+    server = served(models="import pathlib, time\ntime.sleep(4 if pathlib.Path('again').exists() else 0)\n" + MODELS)
+    probes = probes_of(server)
+    assert health(probes, "readiness") == SERVING and server.get("/readyz") == "ok\n"
+    (server.log.parent / "again").touch()
+    for worker in server.workers:
+        worker.kill()
+    eventually(lambda: health(probes, "readiness") == NOT_SERVING, "it says that nobody computes")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.get("/readyz")
+    assert refused.value.read() == b"no worker is ready\n"
+    # The server itself serves: what comes here nevertheless waits for the worker that is being started.
+    assert health(probes, "liveness") == health(server.channel, "") == SERVING
+    assert server.vjp([2.0], timeout=60).result()
+    eventually(lambda: health(probes, "readiness") == SERVING, "it is ready again", 60)
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-port", "--health-port"])
+def test_a_taken_port_is_told_before_models_are_loaded(tmp_path: Path, option: str) -> None:
+    (tmp_path / "models.py").write_text("raise RuntimeError('this was loaded')\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ports = {"--port": "0", "--metrics-port": "0", option: port}
+        arguments = [word for pair in ports.items() for word in pair]
+        found = subprocess.run(
+            command("serve", "models.py", *arguments), cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+    assert found.returncode == 1
+    assert found.stderr == f"pullback-server: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_a_front_that_crashes_leaves_no_process_and_no_memory(served: Callable[..., Served]) -> None:

@@ -1,6 +1,7 @@
 """Traces from a caller's own span to what its worker computed, as a real collector gets them."""
 
 import json
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -277,6 +278,27 @@ def test_the_last_spans_are_sent_before_the_server_ends(collector: Collector, tm
         assert not [one for one in collector.spans if one.trace == id]
     assert {"forward", "backward"} <= {one.name for one in collector.spans if one.trace == id}
     assert {one.service for one in collector.spans if one.trace == id} == {"gradients"}
+
+
+def test_a_collector_that_never_answers_holds_up_neither_calls_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a pod would be killed at the end of its grace, with files of its own left behind."""
+    (tmp_path / "models.py").write_text(MODELS)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "900000")
+        served = Served(tmp_path, "models.py", "--tracing")
+        try:
+            with pb.connect(served.target) as client:
+                for _ in range(20):
+                    client.model("square").vjp(np.ones(2), np.ones(2))
+            served.process.terminate()
+            assert served.process.wait(90) == 0
+        finally:
+            served.process.kill()
+            served.process.wait(30)
+    assert "the last traces could not be sent" in served.log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,19 @@ def test_secrets_are_masked(tmp_path: Path) -> None:
     shown = tomllib.loads(found.stdout)
     assert shown["repository"] == f"s3://{MASK}@bucket/models"
     assert shown["repository_options"]["client_kwargs"] == {"aws_secret_access_key": MASK, "region": "eu"}
+    found = run(
+        tmp_path, "config", "--repository", "https://host/models?sig=s3cr3t&X-Amz-Signature=s3cr3t",
+        PULLBACK_REPOSITORY_OPTIONS='{"headers": {"Authorization": "s3cr3t"}, "connection_string": "s3cr3t"}',
+    )  # fmt: skip
+    assert found.returncode == 0 and "s3cr3t" not in found.stdout + found.stderr
+    assert tomllib.loads(found.stdout)["repository"] == f"https://host/models?sig={MASK}&X-Amz-Signature={MASK}"
     # Nor are they told in an error.
     wrong = run(tmp_path, "config", "--repository", "x", PULLBACK_REPOSITORY_OPTIONS='["s3cr3t"]')
     assert wrong.returncode == 2
     assert "--repository-options" in wrong.stderr and "s3cr3t" not in wrong.stderr
     wrong = run(tmp_path, "config", PULLBACK_REPOSITORY_OPTIONS='{"key": "s3cr3t"')
     assert wrong.returncode == 2
-    assert "repository_options" in wrong.stderr and "s3cr3t" not in wrong.stderr
+    assert "PULLBACK_REPOSITORY_OPTIONS in the environment is not" in wrong.stderr and "s3cr3t" not in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -99,6 +105,40 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "serve", "m.py", "--config", "none.toml")
     assert done.returncode == 2
     assert "config none.toml: No such file" in done.stderr
+
+
+def test_the_environment_takes_lists_and_shares_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for models, weights in (("a, b:2", "team-a=3, x=y=0.5"), ('["a", "b:2"]', '{"team-a": 3, "x=y": 0.5}')):
+        monkeypatch.setenv("PULLBACK_LOAD_MODEL", models)
+        monkeypatch.setenv("PULLBACK_CALLER_WEIGHTS", weights)
+        found = json.loads(report([], as_json=True))
+        assert found["load_model"]["value"] == ["a", "b:2"]
+        assert found["caller_weights"] == {
+            "value": {"team-a": 3.0, "x=y": 0.5},
+            "source": "environment PULLBACK_CALLER_WEIGHTS",
+        }
+    arguments = ["--load-model", "a", "--load-model", "b", "--caller-weights", '{"a": 2}', "--caller-weights", "x=1"]
+    found = json.loads(report(arguments, as_json=True))
+    assert found["load_model"]["value"] == ["a", "b"]
+    assert found["caller_weights"]["value"] == {"a": 2.0, "x": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        # A variable that a template left empty: not a server of no models, nor one that lets in everybody.
+        ("REPOSITORY", "", "--repository: String should have at least 1 character"),
+        ("PRINCIPALS", "", "--principals: String should have at least 1 character"),
+        ("CALLER_WEIGHTS", "team-a:3", "--caller-weights: Value error, expected caller=weight"),
+        ("CALLER_WEIGHTS", "team-a=-3", "--caller-weights.team-a: Input should be greater than 0"),
+        ("CALLER_WEIGHTS", "{bad", "--caller-weights"),
+        ("LOAD_MODEL", "[bad", "--load-model"),
+    ],
+)
+def test_a_wrong_variable_is_refused(tmp_path: Path, variable: str, value: str, words: str) -> None:
+    found = run(tmp_path, "serve", **{f"PULLBACK_{variable}": value})
+    assert found.returncode == 2
+    assert words in found.stderr and "Traceback" not in found.stderr
 
 
 def test_variables_that_are_no_options_are_told() -> None:

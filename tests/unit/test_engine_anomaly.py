@@ -439,3 +439,53 @@ def test_and_never_by_a_compiled_plan() -> None:
         ran.clear()
         host("vjp", "f", {"x": ONES}, wrt=["x"], cotangents={"output": ONES}, detect_anomaly=detect)
         assert bool(ran) is detect
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda x: x.abs().pow(1.5).sum(),
+        lambda x: torch.func.grad(lambda y: y.abs().pow(1.5).sum())(x).sum(),
+        lambda x: torch.func.jacrev(lambda y: y.abs().sqrt())(x).sum(),
+        lambda x: torch.func.jvp(lambda y: y.abs().sqrt(), (x,), (torch.ones_like(x),))[1].sum(),
+    ],
+    ids=["abs", "func.grad", "func.jacrev", "func.jvp"],
+)
+def test_zeros_without_memory_and_tensors_that_torch_func_wraps(code: Any) -> None:
+    """Those that second derivatives and forward mode make of constants, and those inside of torch.func."""
+    host = host_function(code)
+    more = {"wrt": ["x"], "tangents": {"x": ONES}, "detect_anomaly": True}
+    with refused(Reason.NON_FINITE, "of finite numbers"):
+        host("hvp", "f", {"x": ZEROS}, **more)
+    assert host("hvp", "f", {"x": ONES + 1}, **more).hvps["x"] is not None
+
+
+def test_parts_of_one_memory_are_told_apart() -> None:
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        out[0] = x[0].log()
+        out[1] = x[1].sqrt()
+        out[2] = (x[2] * 1e308).exp()
+        return out
+
+    host = host_function(rows)
+    signs = torch.tensor([[-1.0], [-1.0], [0.0]], dtype=F64)
+    for factors, name in (((1, 1, 1), "aten::log"), ((-1, 1, 1), "aten::sqrt"), ((-1, -1, 1), "")):
+        x = signs * torch.tensor(factors, dtype=F64)[:, None]
+        if name:
+            with refused(Reason.NON_FINITE, f"the operation {name} in its own code made nan of finite numbers"):
+                host("evaluate", "f", {"x": x}, detect_anomaly=True)
+        else:
+            host("evaluate", "f", {"x": x}, detect_anomaly=True)
+
+
+def test_of_one_memory_what_was_written_over_is_gone() -> None:
+    def mended(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        out[0] = x[0].log()
+        out[1] = x[1].sqrt()
+        out[0] = 1.0
+        return out
+
+    with refused(Reason.NON_FINITE, "the operation aten::sqrt in its own code made nan of finite numbers"):
+        host_function(mended)("evaluate", "f", {"x": -ONES[:2]}, detect_anomaly=True)

@@ -377,3 +377,27 @@ def test_a_member_that_fails_costs_the_others_nothing() -> None:
         assert isinstance(member, EngineResult)
         assert lone is not None
         check(member.outcome.health, lone, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_a_model_may_resize_what_it_returned() -> None:
+    kept = torch.empty(0, dtype=F64)
+
+    class IntoItsBuffer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            (x,) = ctx.saved_tensors
+            with torch.no_grad():
+                return torch.mul(2 * x, gradient, out=kept)
+
+    host = host_function(lambda x: IntoItsBuffer.apply(x))
+    for size in (3, 5, 70_000):
+        x = torch.randn(size, dtype=F64)
+        reply = host("vjp", "f", {"x": x}, wrt=["x"], cotangents={"output": torch.ones_like(x)})
+        assert reply.raw.outcome.health is not None
+        assert torch.equal(reply.grads["x"], 2 * x)  # type: ignore[arg-type]

@@ -132,6 +132,12 @@ with tracking.as_of(tracking.Request("one")):
         logging.getLogger("models").exception("it failed")
 logging.getLogger("models").debug("not this")
 os.write(1, b"\\x1enot json\\n")
+forged = [b"3", b"[1]", b'{"name": "x", "msg": "y"}',
+    b'{"name": "x", "msg": "y", "levelno": "high", "created": 1}',
+    b'{"name": "x", "msg": "y", "levelno": 50, "created": NaN}',
+    b'{"name": "forged", "msg": "100 %d", "levelno": 50, "created": 1, "args": [1, 2], "exc_info": [1, 2, 3]}']
+for line in forged:
+    os.write(2, b"\\x1e" + line + b"\\n")
 os.write(2, b"\\xff no utf-8")
 """
     output.relay(reading, "cpu-3")
@@ -142,13 +148,17 @@ os.write(2, b"\\xff no utf-8")
         assert time.monotonic() < until, stream.getvalue()
         time.sleep(0.01)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [line["message"] for line in lines if line["logger"] == "pullback_server.output"] == [
+    told = [line["message"] for line in lines if line["logger"] == "pullback_server.output"]
+    # What only looks like a record of a worker's is text; a relay that ended there would break the model's next print.
+    assert [line for line in told if "\x1e" not in line or "json" in line] == [
         "worker cpu-3: before",
         "worker cpu-3: printed",
         "worker cpu-3: raw, and then",
         "worker cpu-3: \x1enot json",
         "worker cpu-3: \ufffd no utf-8",
     ]
+    assert len(told) == 10
+    assert [line["message"] for line in lines if line["logger"] == "forged"] == ["100 %d"]
     inside, failed = (line for line in lines if line["logger"] == "models")
     assert (inside["message"], inside["level"], inside["request_id"]) == ("from inside", "INFO", "one")
     assert failed["traceback"].endswith("KeyError: 'x'")

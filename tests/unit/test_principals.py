@@ -108,7 +108,7 @@ class TestFile:
     def test_there_must_be_one(self, tmp_path: Path) -> None:
         with pytest.raises(PrincipalsError, match="No such file"):
             Access(str(tmp_path / "none.toml"), Metrics())
-        (tmp_path / "p.toml").write_text(JWT)
+        (tmp_path / "p.toml").write_text(entry("one", 'subjects = ["one"]') + JWT)
         with pytest.raises(PrincipalsError, match=r"key set .*keys.json: No such file"):
             Access(str(tmp_path / "p.toml"), Metrics())
 

@@ -183,3 +183,20 @@ def test_nothing_of_it_stays(session: Session) -> None:
     session.tape._handles.clear()
     session.release()
     assert session.retained == held
+
+
+def test_zeros_without_memory_are_looked_at() -> None:
+    """A second derivative makes them; a backward that is well must not fail because somebody looks."""
+    session = Session(
+        function(lambda x: x.abs().pow(3)),
+        function(lambda x: torch.func.jvp(lambda y: y.abs().pow(3), (x,), (x,))[1], "moved"),
+    )
+    for model in ("f", "moved"):
+        found = []
+        for detect in (False, True):
+            x = session.leaf(torch.linspace(-1, 1, 12, dtype=F64).reshape(3, 4))
+            total = session.op("sum", call(session, [x], model, detect))
+            (handle,) = session.new()
+            session.run(ops.Grad([total], [None], [x], [handle], None, True, False, False, [], 0, detect))
+            found.append((session.get(handle), backward(session, session.op("sum", handle), x, detect)))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -96,7 +96,7 @@ def explained(
         break
     return _fault(
         f"{owner}: {_told(found)}, but the same call computed once more, with the same random numbers, is finite: the "
-        "model computes other things each time"
+        "model computes other things each time, or torch does so in another way where it is observed"
     )
 
 
@@ -108,6 +108,9 @@ def fault_of(tracer: Tracer, found: Named, owner: str = "") -> Fault:
             origin = tracer.origin(tensor, kind)
             if origin is not None:
                 origins.append((origin, label))
+    if not origins and tracer.lost:
+        said = f"{_told(found)}; the operation that made it could not be looked for ({tracer.lost})"
+        return _fault(f"{owner}: {said}" if owner else said)
     if not origins:
         said = f"{_told(found)}, which no operation of torch's made: code outside of torch did"
         return _fault(f"{owner}: {said}" if owner else said)

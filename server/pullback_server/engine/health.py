@@ -35,6 +35,8 @@ _CHUNK = 1 << 18
 #: Where they are compared. A worker computes one job at a time.
 _scratch = np.empty(_CHUNK, dtype=bool)
 _KINDS = (torch.Tensor, torch.nn.Parameter)
+#: Those that numpy counts faster, by its names.
+_TYPES = {torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str}
 _HALVES = (torch.float16, torch.bfloat16)
 _told = False
 
@@ -173,7 +175,7 @@ def _nonzeros(tensor: torch.Tensor) -> int | torch.Tensor:
     if not _is_plain(tensor):
         return int(torch.count_nonzero(tensor))
     # Several times as fast as torch.
-    flat = tensor.numpy().reshape(-1)
+    flat = _array(tensor).reshape(-1)
     count = 0
     for at in range(0, flat.size, _CHUNK):
         part = flat[at : at + _CHUNK]
@@ -182,7 +184,30 @@ def _nonzeros(tensor: torch.Tensor) -> int | torch.Tensor:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous() and not tensor.is_neg()
+    lies_there = not (tensor.is_neg() or tensor._is_zerotensor())
+    return tensor.dtype in _TYPES and tensor.is_contiguous() and lies_there
+
+
+class _Memory:
+    """A plain tensor's memory, as numpy asks for it; valid while the tensor is held.
+
+    What tensor.numpy() has looked at cannot be resized any more, and a model may keep a buffer that it fills anew for
+    each gradient.
+    """
+
+    __slots__ = ("__array_interface__",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": _TYPES[tensor.dtype],
+            "shape": tuple(tensor.shape),
+            "data": (tensor.data_ptr(), True),
+        }
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.asarray(_Memory(tensor))
 
 
 def _precise(tensor: torch.Tensor) -> tuple[float, int, int]:
@@ -311,5 +336,5 @@ def _nonzeros_by_part(tensor: torch.Tensor, axis: int, parts: Sequence[tuple[int
     if not _is_plain(tensor):
         by_row = _nonzeros_by_row(tensor, axis).tolist()
         return [sum(by_row[start : start + rows]) for start, rows in parts]
-    other = np.moveaxis(tensor.numpy() != 0, axis, 0)
+    other = np.moveaxis(_array(tensor) != 0, axis, 0)
     return [int(np.count_nonzero(other[start : start + rows])) for start, rows in parts]

@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from pullback_server.engine.not_finite import Kind, described, kinds_of, plain
+from pullback_server.engine.not_finite import Kind, described, kinds_of, stored
 from pullback_server.engine.places import Place, Places, followed, place_of
 from pullback_server.engine.tripwire import nodes
 
@@ -40,6 +40,8 @@ _OVERWRITE = frozenset(
         "log_normal_",
     )
 )
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +67,34 @@ class Origin:
 
 
 def _key(tensor: torch.Tensor) -> int:
-    values = plain(tensor.detach()) if tensor.layout is not torch.strided else tensor
+    """The address of the memory that a tensor is a view of; 0: it has none."""
+    values = stored(tensor.detach())
     return 0 if values is None else values.untyped_storage().data_ptr()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where in its memory a tensor begins and ends, in bytes."""
+    begin = int(tensor.storage_offset())
+    end = begin + 1 + sum((int(size) - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin * tensor.itemsize, end * tensor.itemsize
+
+
+class _Part:
+    """A part of some memory that was written to, and what its NaN or infinity began with."""
+
+    def __init__(self, values: torch.Tensor, origin: Origin) -> None:
+        # Memory that is known by its address must not be used again, and so is kept.
+        self.values = values
+        self.origin = origin
+        self.begin, self.end = _span(values)
+
+    def covers(self, other: _Part) -> bool:
+        dense = (self.end - self.begin) == self.values.nbytes
+        return dense and self.begin <= other.begin and other.end <= self.end
+
+    def touches(self, begin: int, end: int) -> bool:
+        """Whether some of it is there, and has not become finite since."""
+        return self.begin < end and begin < self.end and self.origin.kind in kinds_of(self.values)
 
 
 class _Read:
@@ -87,9 +115,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.places = Places()
         self._count = 0
-        self._origins: dict[int, dict[Kind, Origin]] = {}
-        #: Memory that is known by its address must not be used again.
-        self._kept: list[torch.Tensor] = []
+        self._parts: dict[tuple[int, Kind], list[_Part]] = {}
+        #: Why something could not be looked at; empty: everything could.
+        self.lost = ""
         #: Memory that nothing was written to yet.
         self._raw: set[int] = set()
 
@@ -100,7 +128,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def origin(self, tensor: torch.Tensor, kind: Kind) -> Origin | None:
         """Where what a tensor holds came from; None: nothing that was seen."""
-        return self._origins.get(_key(tensor), {}).get(kind)
+        parts = self._parts.get((_key(tensor), kind))
+        values = stored(tensor.detach()) if parts else None
+        if not parts or values is None:
+            return None
+        here = [one.origin for one in parts if one.touches(*_span(values))]
+        return min(here, key=lambda one: one.number, default=None)
 
     @contextmanager
     def tracing(self) -> Iterator[Tracer]:
@@ -128,10 +161,26 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = getattr(func, "_schema", None)
         name = str(func) if schema is None else schema.name
         short = name.rpartition("::")[2]
-        read = self._read(short, schema, args, kwargs)
+        read = self._quietly(lambda: self._read(short, schema, args, kwargs))
         result = func(*args, **kwargs)
+        if read is not None:
+            written = _written(schema, args, kwargs)
+            self._quietly(lambda: self._follow(name, short, read, result, written))
+        return result
+
+    def _quietly(self, look: Callable[[], T]) -> T | None:
+        """Nothing that is wrong with looking is wrong with what is looked at, which a session cannot compute again."""
+        try:
+            return look()
+        # Memory may run out, and a tensor may be of a kind that does not tell what it holds.
+        except Exception as error:
+            self.lost = self.lost or f"{type(error).__name__}: {error}"
+            return None
+
+    def _follow(self, name: str, short: str, read: _Read, result: Any, written: list[torch.Tensor]) -> None:
+        """Notes what an operation returned or wrote that is not finite."""
         made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
-        written = [one for one in _written(schema, args, kwargs) if not any(one is other for other in made)]
+        written = [one for one in written if not any(one is other for other in made)]
         for index, tensor in enumerate((*made, *written)):
             key = _key(tensor)
             if key not in read.memory:
@@ -144,7 +193,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             for kind in kinds_of(tensor):
                 self._note(tensor, self._made(kind, name, read, index, described(tensor, kind)))
-        return result
 
     def _read(self, short: str, schema: Any, args: Any, kwargs: Any) -> _Read:
         found = _Read()
@@ -158,7 +206,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             key = _key(value)
             found.memory.add(key)
-            if id(value) in ignored or (key in self._raw and key not in self._origins):
+            if id(value) in ignored or (key in self._raw and not self._known(key)):
                 continue
             for kind in kinds_of(value):
                 found.origins[kind].append(self.origin(value, kind) or self._unseen(value, kind))
@@ -197,7 +245,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if any(one is not None and torch._C._functorch.is_legacy_batchedtensor(one) for one in gradients):
                 return
             with _disable_current_modes():
-                self._judge(name, place, clean, gradients, incoming)
+                self._quietly(lambda: self._judge(name, place, clean, gradients, incoming))
             if place is not None:
                 before = {one.grad_fn for one in incoming if one is not None and one.grad_fn is not None}
                 self.places.mark([one for one in gradients if one is not None], place, before)
@@ -239,8 +287,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         origin.result = result
 
     def _note(self, tensor: torch.Tensor, origin: Origin) -> None:
-        self._origins.setdefault(_key(tensor), {})[origin.kind] = origin
-        self._kept.append(tensor)
+        values = stored(tensor.detach())
+        if values is None:
+            return
+        part = _Part(values, origin)
+        parts = self._parts.setdefault((_key(tensor), origin.kind), [])
+        # What is written over is no longer there.
+        parts[:] = [*(one for one in parts if not part.covers(one)), part]
+
+    def _known(self, key: int) -> bool:
+        return (key, "nan") in self._parts or (key, "inf") in self._parts
 
     def _next(self) -> int:
         self._count += 1

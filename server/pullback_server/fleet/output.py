@@ -36,6 +36,14 @@ def _relay(descriptor: int, worker: str) -> None:
 
 
 def _tell(line: bytes, worker: str) -> None:
+    try:
+        _log_line(line, worker)
+    # Who stops reading breaks the pipe, and a print of the model's would be an error to all its callers.
+    except Exception:
+        _log.warning("a line of worker %s cannot be logged", worker, exc_info=True, extra={"worker": worker})
+
+
+def _log_line(line: bytes, worker: str) -> None:
     if line.startswith(logs.RECORD):
         record = logs.record_of(line[len(logs.RECORD) :], worker)
         if record is not None:

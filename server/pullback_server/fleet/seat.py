@@ -54,6 +54,8 @@ class LocalSeat:
             job = msgspec.structs.replace(job, copy_inputs=True)
         posted = await self._link.post(job, views, deadline, local)
         self._posted.add(posted)
+        # Not when the answer is fetched: that may be long after, and others' quotas depend on it.
+        posted.answer.add_done_callback(self._note)
         return LocalPending(self, posted, job, views, deadline)
 
     async def answer(self, pending: LocalPending) -> LocalReply:
@@ -68,10 +70,12 @@ class LocalSeat:
             reply = await self._link.run(again, pending.views, pending.deadline)
         if isinstance(reply, messages.Again):
             raise Fault(Reason.INTERNAL, "a model writes into its inputs although they were copied")
-        if isinstance(reply.outcome, SessionOutcome):
-            self.live, self.retained = reply.outcome.live, reply.outcome.retained
-            self.graphs = reply.outcome.graphs
         return reply
+
+    def _note(self, answer: asyncio.Future[Any]) -> None:
+        outcome = None if answer.cancelled() or answer.exception() else getattr(answer.result(), "outcome", None)
+        if self._open and isinstance(outcome, SessionOutcome):
+            self.live, self.retained, self.graphs = outcome.live, outcome.retained, outcome.graphs
 
     def close(self) -> None:
         if not self._open:

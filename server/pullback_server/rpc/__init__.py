@@ -1,9 +1,10 @@
 """gRPC: decode, check, hand on, encode. Knows no torch."""
 
-from pullback_server.rpc.probes import Probes
+from pullback_server.rpc.probes import Probes, vacant
 from pullback_server.rpc.security import Access, PrincipalsError, new_key
 from pullback_server.rpc.server import Front, FrontOptions
-from pullback_server.rpc.tls import CertificateError, Certificates, TlsFiles
+from pullback_server.rpc.tls import Certificates
+from pullback_server.rpc.tls_files import CertificateError, TlsFiles
 
 __all__ = [
     "Access",
@@ -15,4 +16,5 @@ __all__ = [
     "Probes",
     "TlsFiles",
     "new_key",
+    "vacant",
 ]

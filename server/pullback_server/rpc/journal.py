@@ -12,7 +12,6 @@ import grpc
 
 from pullback_server import tracking
 from pullback_server.faults import Fault
-from pullback_server.rpc import status
 from pullback_server.rpc.ids import abort, id_of
 from pullback_server.rpc.origin import Told
 from pullback_server.telemetry import Metrics
@@ -67,7 +66,7 @@ class Journal:
         tracking.begin(entry.request)
         return entry
 
-    def refused(self, path: str, told: Told, fault: Fault, caller: str) -> None:
+    def refused(self, path: str, told: Told, code: str, reason: str, caller: str) -> None:
         """A call was turned away at the gate: it has an id and a line like others.
 
         But no span, and it is not counted: anybody may make as many as they like.
@@ -75,8 +74,7 @@ class Journal:
         request = Request(id_of(told)[0])
         tracking.begin(request)
         if self.access:
-            method = _word(path.rpartition("/")[2])
-            _write(method, status.grpc_code(fault.reason).name, 0.0, {"reason": fault.reason.value}, caller, request)
+            _write(_word(path.rpartition("/")[2]), code, 0.0, {"reason": reason}, caller, request)
 
 
 class Entry:
@@ -199,7 +197,7 @@ def _write(
         "method": method,
         "code": code,
         "seconds": round(seconds, 6),
-        **more,
+        **{name: value[:_LONGEST] if isinstance(value, str) else value for name, value in more.items()},
         "caller": caller,
         "request_id": request.id,
         "trace_id": request.trace_id,

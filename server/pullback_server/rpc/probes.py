@@ -6,6 +6,7 @@ port of their own, on which nothing else is.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import grpc
@@ -42,6 +43,7 @@ class Probes:
         self.servicer = _Health()
         self._server: grpc.aio.Server | None = None
         self.port = 0
+        self._ready, self._computing = False, True
 
     async def start(self, host: str, port: int | None) -> None:
         """Answers from now on, with a port of its own where one is given (0: a free one).
@@ -69,7 +71,18 @@ class Probes:
         await self._server.start()
 
     async def ready(self, ready: bool) -> None:
-        """Sets whether calls should come here."""
+        """Sets whether calls are taken here."""
+        self._ready = ready
+        await self._tell()
+
+    async def computing(self, computing: bool) -> None:
+        """Sets whether a worker could compute one: else a call had better go where one can, and not wait."""
+        if computing is not self._computing:
+            self._computing = computing
+            await self._tell()
+
+    async def _tell(self) -> None:
+        ready = self._ready and self._computing
         await self.servicer.set(READINESS, _STATES.SERVING if ready else _STATES.NOT_SERVING)
 
     async def close(self) -> None:
@@ -82,9 +95,29 @@ class Probes:
 def bound(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     """The port on which a server will listen. Raises OSError when the address cannot be bound."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    vacant(host, port)
     try:
         if credentials is None:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from None
+
+
+def vacant(host: str, port: int) -> None:
+    """Raises OSError where a port cannot be listened on now, and says why, which gRPC does not."""
+    problem: OSError | None = None
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    trial.bind(address)
+                    # As gRPC, which is content with one address of several.
+                    return
+                except OSError as error:
+                    problem = error
+    except OSError as error:
+        problem = error
+    reason = "" if problem is None else problem.strerror or str(problem)
+    raise OSError(f"cannot listen on {host}:{port}: {reason}") from problem

@@ -242,8 +242,15 @@ class Stream:
             self._op_bytes -= op.bytes
             self._use.forget_upload(op.bytes)
             op.payloads, op.bytes = (), 0
+        if op.way is not None and self._use.limited:
+            op.way.then(self._weigh)
         self._answers.append(op)
         self._answer_came.set()
+
+    def _weigh(self) -> None:
+        fault = self._use.exceeded()
+        if fault is not None:
+            self.end(fault)
 
     # Writing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pullback_server.fleet.seam import Buffer, Pending, Reply, Seat, Upload, Worker
@@ -70,6 +70,10 @@ class OnItsWay:
     def _answered(self, answer: asyncio.Future[Any]) -> None:
         timings = None if answer.cancelled() else getattr(answer.result(), "timings", None)
         self._give_back(None if timings is None else timings["compute"])
+
+    def then(self, told: Callable[[], None]) -> None:
+        """Calls `told` when the worker has answered, however long before the answer is fetched."""
+        self._pending.answered.add_done_callback(lambda _: told())
 
     def give_up(self) -> None:
         """Gives the place back."""

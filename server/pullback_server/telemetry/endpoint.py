@@ -113,7 +113,7 @@ class Endpoint:
             alive = silence < STUCK_AFTER
             return _probe(alive, "ok" if alive else f"event loop silent for {silence:.0f} s")
         if path == "/readyz":
-            return _probe(self._vitals.ready, "ok" if self._vitals.ready else self._vitals.reason)
+            return _probe(self._vitals.ready, "ok" if self._vitals.ready else self._vitals.hindrance)
         if path in self._assets:
             return self._assets[path]
         if path == "/metrics":
@@ -133,7 +133,10 @@ class Endpoint:
             # Not with its message, which speaks of gRPC's metadata.
             if fault.reason is Reason.PERMISSION_DENIED:
                 return _Answer(403, _TEXT, b"these credentials do not give the right 'metrics'\n")
-            body = b"a token is needed that gives the right 'metrics': as a bearer token, or as the password\n"
+            body = (
+                b"this needs a token that gives the right 'metrics', as a bearer token or as the password, or a client "
+                b"certificate where the server takes them\n"
+            )
             return _Answer(401, _TEXT, body, {"WWW-Authenticate": _WANTED})
         return None
 

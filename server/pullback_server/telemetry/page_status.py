@@ -100,7 +100,7 @@ class Status:
             started=self._began,
             uptime_seconds=time.monotonic() - self._since,
             ready=self._vitals.ready,
-            state="ready" if self._vitals.ready else self._vitals.reason,
+            state="ready" if self._vitals.ready else self._vitals.hindrance,
             silent_seconds=self._vitals.silence,
         )
         sessions = sorted(view.sessions, key=lambda one: -one.retained_bytes)

@@ -6,7 +6,9 @@ the model runs in them, and nothing is lost with one that is killed.
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span as OtelSpan
+
+logger = logging.getLogger(__name__)
 
 _SERVICE = "pullback-server"
 #: Seconds that the last spans have to be sent when the server ends, and their collector does not answer.
@@ -107,6 +111,14 @@ class Tracing:
 
     def close(self) -> None:
         """Sends what has not been sent, but does not wait long for a collector that does not answer."""
+        # The library keeps to no time: it goes on for as long as its exporter tries.
+        ending = threading.Thread(target=self._end, name="pullback-traces", daemon=True)
+        ending.start()
+        ending.join(_FLUSH)
+        if ending.is_alive():
+            logger.warning("the last traces could not be sent within %g s", _FLUSH)
+
+    def _end(self) -> None:
         self._processor.force_flush(int(_FLUSH * 1000))
         self._provider.shutdown()
 

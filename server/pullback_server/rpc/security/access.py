@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 _BEARER = "bearer "
 #: Characters of a token that is looked at, and bytes of a file.
 _LONGEST, _LARGEST = 8192, 4 << 20
-#: Seconds between two looks at the file.
-_PAUSE = 1.0
+#: Seconds between two looks at the file, and for which it must have been the same when it has changed.
+_PAUSE, _SETTLING = 1.0, 0.3
 #: Sessions looked after before the event loop gets a turn.
 _AT_ONCE = 50
 
@@ -62,6 +62,11 @@ class _Source:
         """
         data = _contents(self._path, "principals")
         fresh = data != self._data
+        if fresh and self._data is not None:
+            # Who writes into the file is not done at once, and the first half of it may make sense.
+            time.sleep(_SETTLING)
+            if _contents(self._path, "principals") != data:
+                return None
         if fresh:
             self._data, self._keys, self._book = data, None, None
             self._book = read_book(self._path, data)
@@ -93,11 +98,14 @@ class Access:
     `identify` and `admit_metrics` may be called by any thread, all else on the event loop.
 
     path: of the file; None: there are no principals, everybody may call and nobody may administer.
+    by_certificate: TLS asks those who want the metrics for a certificate. Where there are no principals, nobody else
+    sees them then.
     Raises PrincipalsError.
     """
 
-    def __init__(self, path: str | None, metrics: Metrics) -> None:
+    def __init__(self, path: str | None, metrics: Metrics, by_certificate: bool = False) -> None:
         self._metrics = metrics
+        self._by_certificate = by_certificate
         self._source = None if path is None else _Source(path)
         self.closed = self._source is not None
         self.generation = 0
@@ -156,6 +164,8 @@ class Access:
         Raises Fault: UNAUTHENTICATED (HTTP's 401) or PERMISSION_DENIED (403).
         """
         headers = () if authorization is None else (authorization,)
+        if self._by_certificate and not self.closed and certificate is None:
+            raise self.refused(Fault(Reason.UNAUTHENTICATED, "this needs a client certificate"))
         try:
             principal = self.identify(Credentials(headers, certificate)).principal
         except Fault as fault:
@@ -202,9 +212,9 @@ class Access:
                 self._told = str(error)
                 logger.error("the principals stay as they were, for the file is broken: %s", error)
             return
+        self._told = ""
         if found is None:
             return
-        self._told = ""
         self._book = found
         self.generation += 1
         book = found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -21,7 +22,7 @@ from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Reas
 
 logger = logging.getLogger(__name__)
 
-_HEALTH = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+_CHECK, _WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 #: What each key of metadata costs besides its characters, as HTTP/2 counts.
 _OF_EACH = 32
 #: Characters of a method's name that the log repeats, for it is whatever a caller writes.
@@ -47,8 +48,8 @@ NEEDED: dict[str, tuple[Right, ...]] = {
 #: Raises Fault, or else has entered the caller, whom it returns where quotas count. Given a request and its context.
 _Before = Callable[[Any, grpc.aio.ServicerContext], Caller | None]
 
-#: Told of each call that is turned away: its path, its metadata, why, and who made it.
-Refused = Callable[[str, Mapping[str, str | bytes], Fault, str], None]
+#: Told of each call that is turned away: its path, its metadata, the status code's name, the reason, and who made it.
+Refused = Callable[[str, Mapping[str, str | bytes], str, str, str], None]
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -73,9 +74,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method = details.method
         try:
             handler = await continuation(details)
-            self._check_size(details.invocation_metadata)
+            if (size := _size(details.invocation_metadata)) > self._max_metadata_bytes:
+                return self._too_large(size, method)
             credentials = _credentials(details.invocation_metadata)
-            if handler is not None and method in _HEALTH:
+            if handler is not None and method in (_CHECK, _WATCH):
                 return self._wrapped(handler, self._of_health(credentials), method)
             before = self._of_call(method, credentials)
             if handler is None or method not in NEEDED:
@@ -90,15 +92,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
             return self._refusing(refuse, method)
 
-    def _check_size(self, metadata: Any) -> None:
-        """Raises Fault (BAD_OPTION) for more metadata than are allowed."""
-        size = sum(len(key) + len(value) + _OF_EACH for key, value in metadata or ())
-        if size > self._max_metadata_bytes:
-            raise Fault(
-                Reason.BAD_OPTION,
-                f"the metadata have {size} bytes, at most {self._max_metadata_bytes} are allowed (pullback-server "
-                "serve --max-metadata-bytes)",
-            )
+    def _too_large(self, size: int, method: str) -> grpc.RpcMethodHandler:
+        async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            self._refused(method, {}, code.name, "", context.peer())
+            # As gRPC says it of others, so that it does not depend on who is first.
+            limit = self._max_metadata_bytes
+            await context.abort(code, f"received metadata size exceeds hard limit ({size} vs. {limit})")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _of_call(self, method: str, credentials: Credentials) -> _Before:
         """Raises Fault where the call can be refused before a byte of its request is read."""
@@ -116,13 +118,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return before
 
     def _of_health(self, credentials: Credentials) -> _Before:
-        def before(request: Any, context: grpc.aio.ServicerContext) -> None:
+        def before(request: Any, context: grpc.aio.ServicerContext) -> Caller | None:
             name = request.service
             if is_open(name):
-                return
+                return None
             caller = self._access.admit(credentials._replace(certificate=_certificate(context)))
             caller.need(*_ANY)
             caller.need_model(name, "service")
+            return caller
 
         return before
 
@@ -151,7 +154,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
             async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 caller = await self._let_in(before, request, context, method)
-                result = await behaviour(request, context)
+                work = behaviour(request, context)
+                if caller is not None and method == _WATCH:
+                    work = self._while_allowed(work, caller, context)
+                result = await work
                 if caller is not None and isinstance(result, bytes):
                     caller.usage.sent(len(result))
                 return result
@@ -161,6 +167,21 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise TypeError(f"the handler of {method} is neither a coroutine function nor an asynchronous generator")
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    async def _while_allowed(self, work: Any, caller: Caller, context: grpc.aio.ServicerContext) -> Any:
+        """What somebody may know of a model today may be none of theirs tomorrow."""
+        right = next(right for right in _ANY if right in caller.renew().rights)
+        lost: asyncio.Future[Fault] = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(work)
+        try:
+            with self._access.keep(caller, right, lost.set_result):
+                await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                await refuse(context, lost.result())
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def _refusing(self, before: _Before, method: str) -> grpc.RpcMethodHandler:
         """A handler that reads nothing, whatever kind of call it is: it tells what `before` raises, else that there is
@@ -179,7 +200,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return before(request, context)
         except Exception as error:
             fault = status.fault_of(error, f"letting {method!r} in")
-        self._refused(method, dict(context.invocation_metadata() or ()), fault, context.peer())
+        code, metadata = status.grpc_code(fault.reason).name, dict(context.invocation_metadata() or ())
+        self._refused(method, metadata, code, fault.reason.value, context.peer())
         self._log.tell(fault, method, context.peer())
         # Raises.
         await refuse(context, fault)
@@ -205,6 +227,10 @@ class _Refusals:
         # A method's name is the caller's word, which must not look like several lines.
         shown = ascii(method[:_SHOWN])[1:-1]
         logger.warning("%s of %s refused with %s: %s%s", shown, peer, fault.reason.value, fault.message, more)
+
+
+def _size(metadata: Any) -> int:
+    return sum(len(key) + len(value) + _OF_EACH for key, value in metadata or ())
 
 
 def _credentials(metadata: Any) -> Credentials:

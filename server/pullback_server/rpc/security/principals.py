@@ -224,6 +224,9 @@ def _problems(file: _File) -> Iterator[str]:
             if len(names) > 1:
                 shown = value if field != "sha256" else f"{value[:8]}..."
                 yield f"{' and '.join(map(repr, names))} have {shown!r} in {field}, so that it is open who is meant"
+    if not file.principal and file.anonymous is None:
+        # An empty file is one that somebody is writing, or that went wrong, sooner than a wish to lock everybody out.
+        yield "there is nobody in it; where nobody is meant, say so by [anonymous] with rights = []"
     for entry in file.principal:
         if not (entry.sha256 or entry.subjects or entry.certificates):
             yield f"principal {entry.name!r} has neither sha256 nor subjects nor certificates, so nobody can be it"

@@ -100,6 +100,11 @@ class Usage:
         most = self.quota.retained_bytes
         return None if most is None else most - sum(use.held for use in self._sessions if use is not apart_from)
 
+    def exceeded(self) -> bool:
+        """Whether sessions retain more than they may, as ops of several that ran at the same time can make it."""
+        most = self.quota.retained_bytes
+        return most is not None and sum(use.retained() for use in self._sessions) > most
+
     def retained(self) -> Fault:
         """How a refusal is told for what would be retained."""
         return self._spent("retained", f"{self.quota.retained_bytes:,} bytes retained by its sessions")
@@ -128,6 +133,7 @@ class SessionUse:
         self._admission = admission
         # Bytes that have come, or were announced, and are not with the worker.
         self._coming = 0
+        self._before = 0
 
     @property
     def held(self) -> int:
@@ -165,6 +171,20 @@ class SessionUse:
 
     def __exit__(self, *_: object) -> None:
         self.usage.close(self)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit of what may be retained."""
+        return self.usage.quota.retained_bytes is not None
+
+    def exceeded(self) -> Fault | None:
+        """To be asked after each op: why the session has to end. None: what it made is within the quota.
+
+        Each op of several sessions that run at the same time may make what is left when it is sent. Whoever ends last
+        has then made too much, and on a worker it cannot be unmade.
+        """
+        before, self._before = self._before, self.retained()
+        return self.usage.retained() if self._before > before and self.usage.exceeded() else None
 
     def budget(self, own: int) -> int:
         """What the session may hold, of its own budget and of what its principal's other sessions leave."""
