@@ -192,7 +192,7 @@ async def _run(config: Config) -> int:
     """Serves until a signal asks to stop. Returns the exit status."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
     app = App(config)
     starting = asyncio.create_task(app.start())
@@ -207,7 +207,7 @@ async def _run(config: Config) -> int:
     asked.cancel() if starting.exception() else None
     await starting
     settle_process()
-    # Nobody turns calls to another server because somebody pressed Ctrl-C.
+    # Nobody turns calls to another server because somebody pressed Ctrl-C or closed a terminal.
     drain = config.drain_seconds if await asked == signal.SIGTERM else 0.0
     logger.info(
         "stopping: calls are taken for another %g s, and running ones then get %g s to end", drain, config.grace

@@ -605,16 +605,16 @@ def test_a_closed_session(client: pb.Client) -> None:
 
 
 def test_a_dead_worker(server: Any) -> None:
-    with pb.connect(server.target, timeout=20) as client:
+    with pb.connect(server.target, timeout=90) as client:
         x = leaf(X, client)
         y = x * 2
         began = time.monotonic()
         with pytest.raises(errors.SessionLost):
             client.model("dies")(x)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         with pytest.raises(errors.SessionLost):
             y.sum()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while True:
             try:
                 assert (x * 3).sum().item() == pytest.approx(3 * X.sum())

@@ -164,9 +164,10 @@ sys.exit(main())
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_ctrl_c_does_not_drain(served: Callable[..., Served]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_does_not_drain(served: Callable[..., Served], number: signal.Signals) -> None:
     server = served("--drain-seconds", "100")
-    server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(number)
     assert server.process.wait(40) == 0
 
 

@@ -150,7 +150,8 @@ def model(
 
     The decorated object is returned as it was. `description` defaults to its docstring's first line. See
     `Registration` for the arguments, and `Options` for the others: batching, compile, autocast, checkpoint,
-    micro_batch, hard_timeout, devices, replicas, gradient_health. `gate`: a `Gate`, or whether there is one; `intended`: see there.
+    micro_batch, hard_timeout, devices, replicas, gradient_health. `gate`: a `Gate`, or whether there is one;
+    `intended`: see there.
 
     Raises ValueError or TypeError for arguments that cannot be.
     """
