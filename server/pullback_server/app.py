@@ -57,6 +57,7 @@ class App:
             log_format=config.log_format,
             log_level=config.log_level,
             gradient_health=config.gradient_health,
+            gradient_health_cost=config.gradient_health_cost,
             empty=config.repository is not None,
         )
         self._metrics = Metrics()

@@ -211,6 +211,13 @@ class Config(BaseSettings):
     gradient_health: bool = Field(
         True, description="count norms, zeros, NaN and infinities of gradients and outputs, by model"
     )
+    gradient_health_cost: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="share of a worker's time that may go into that: of small models' calls in quick succession only "
+        "some are looked at; 0: there is no limit, each is",
+    )
     tracing: bool = Field(
         False, description="OpenTelemetry traces, configured by the standard OTEL_* variables; needs pullback[otel]"
     )

@@ -121,7 +121,7 @@ def settled(server: Server, expected: dict[str, float]) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(net, logarithm, scaled, unseen, slow, threads=1, max_calls=64) as running:
+    with Server(net, logarithm, scaled, unseen, slow, threads=1, max_calls=64, gradient_health_cost=0) as running:
         yield running
 
 

@@ -28,6 +28,7 @@ from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.results import EngineResult, Results, add_seconds
 from pullback_server.engine.reverse import finish_vjp
 from pullback_server.engine.second import along, check_hvp_size, finish_hvp, first_backward, tangents
+from pullback_server.engine.thrift import thrift
 from pullback_server.faults import Fault
 from pullback_server.job import Job, TensorRef
 from pullback_wire import Reason
@@ -349,13 +350,16 @@ def _examine(
     subject: Callable[[Member], Subject],
 ) -> None:
     """Looks at the health of members. gradients, others: what there is of everybody; subject: of one member."""
-    found = list(members) if call.hosted.examined else []
+    name = call.hosted.registration.name
+    found = list(members) if call.hosted.examined and thrift.affords(name) else []
     if found:
+        began = time.perf_counter()
         parts = [(member.first, member.rows) for member in found]
         seen = itertools.chain(call.everything(), others)
         signs = examine_rows(gradients, call.axis, parts, seen, lambda index: subject(found[index]))
         for member, one in zip(found, signs, strict=True):
             member.results.signs = one
+        thrift.looked(name, began)
 
 
 def _own(call: MergedCall, member: Member, found: Sequence[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:

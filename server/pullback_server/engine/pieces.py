@@ -18,6 +18,7 @@ from pullback_server.engine.hosted import HostedModel
 from pullback_server.engine.merged import separable
 from pullback_server.engine.results import EngineResult, Results, add_seconds
 from pullback_server.engine.reverse import finish_vjp
+from pullback_server.engine.thrift import thrift
 from pullback_server.job import GradRef, Job, TensorRef
 
 Tensors = Sequence[torch.Tensor]
@@ -53,7 +54,8 @@ def in_pieces(job: Job, hosted: HostedModel, tensors: Tensors, most: int, comput
     if job.kind == "vjp" or job.loss is not None:
         work = _vjp if job.kind == "vjp" else _evaluate
         return attempt(job, hosted, lambda: PieceCall(job, hosted, tensors, axis, sizes), work)
-    return _apart(job, hosted, tensors, axis, sizes, compute)
+    with thrift.for_all_pieces(hosted.registration.name):
+        return _apart(job, hosted, tensors, axis, sizes, compute)
 
 
 def _apart(

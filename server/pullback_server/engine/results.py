@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from pullback_server.engine._dtypes import TORCH, WIRE
 from pullback_server.engine.health import Signs, Subject, examine
 from pullback_server.engine.hosted import HostedModel
+from pullback_server.engine.thrift import thrift
 from pullback_server.faults import Fault
 from pullback_server.job import GradRef, Job, Outcome, TensorRef
 from pullback_wire import Reason
@@ -79,8 +81,11 @@ class Results:
         others: Iterable[torch.Tensor | None] = (),
     ) -> None:
         """Looks at how the numbers are, as they were computed; see `health.Subject`."""
-        if hosted.examined:
+        name = hosted.registration.name
+        if hosted.examined and thrift.affords(name):
+            began = time.perf_counter()
             self.signs = examine(Subject(outputs, gradients, others))
+            thrift.looked(name, began)
 
     def finish(self) -> EngineResult:
         return EngineResult(self.outcome, self.tensors, self.signs)

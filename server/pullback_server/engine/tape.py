@@ -19,6 +19,7 @@ from pullback_server.engine.retained import Ledger
 from pullback_server.engine.tape_call import Caller
 from pullback_server.engine.tape_grad import grad
 from pullback_server.engine.tape_state import Afford, Cause, Dependency, Handles, Made, Operands, merged
+from pullback_server.engine.thrift import thrift
 from pullback_server.faults import Fault
 from pullback_server.job import HealthRecord, TensorRef
 from pullback_wire import Reason
@@ -180,7 +181,12 @@ class Tape:
         return result
 
     def _looked_at(self, label: tuple[str, HealthRecord], subject: Subject) -> _Looked | None:
-        return (label, examine(subject)) if self._engine.gradient_health and label[1].enabled else None
+        if not (self._engine.gradient_health and label[1].enabled and thrift.affords(label[0])):
+            return None
+        began = time.perf_counter()
+        signs = examine(subject)
+        thrift.looked(label[0], began)
+        return label, signs
 
     def _keep(self, op: ops.Op, operands: Operands) -> None:
         """Stores the op's own tensors that are to be kept. Raises Fault, having stored none."""

@@ -28,6 +28,7 @@ from pullback_server.engine.records import cleaned, fault_record, record_of, tra
 from pullback_server.engine.sessions import Sessions, op_references
 from pullback_server.engine.shelf import Shelf
 from pullback_server.engine.tape import TapeResult
+from pullback_server.engine.thrift import thrift
 from pullback_server.engine.transfer import (
     Piece,
     Pins,
@@ -350,6 +351,7 @@ def _work(sock: socket.socket) -> None:
     logs.configure_worker(setup.name, setup.log_level, setup.log_format)
     try:
         engine = Engine(choose_device(setup), setup.gradient_health)
+        thrift.share = setup.gradient_health_cost
         signatures, known = load_models(engine, setup)
         shelf = Shelf(engine, known, setup.memory_bytes, setup.gate)
         more, failed = shelf.load_all(

@@ -49,7 +49,8 @@ class LocalFleet:
     load_timeout: seconds a worker may take to load all models.
     idle_bytes: of shared memory that each worker, and the front for each worker, keeps for the next job.
     hard_timeout: seconds of computing after which a job costs its worker, where its model says nothing else.
-    memory_bytes, float32_precision, gate, gradient_health, log_format, log_level: see `messages.Setup`.
+    memory_bytes, float32_precision, gate, gradient_health, gradient_health_cost, log_format, log_level: see
+        `messages.Setup`.
     empty: whether there need be no model at the start, since others will be installed.
     """
 
@@ -66,6 +67,7 @@ class LocalFleet:
         float32_precision: str = "highest",
         gate: bool = True,
         gradient_health: bool = True,
+        gradient_health_cost: float = 0.0,
         log_format: logs.Format = "console",
         log_level: str = "warning",
         empty: bool = False,
@@ -82,6 +84,7 @@ class LocalFleet:
         self._float32_precision = float32_precision
         self._gate = gate
         self._gradient_health = gradient_health
+        self._gradient_health_cost = gradient_health_cost
         self._log_format: logs.Format = log_format
         self._log_level = log_level
         self._empty = empty
@@ -177,6 +180,7 @@ class LocalFleet:
                 self._float32_precision,
                 gate=self._gate,
                 gradient_health=self._gradient_health,
+                gradient_health_cost=self._gradient_health_cost,
                 log_format=self._log_format,
                 log_level=self._log_level,
             )

@@ -63,6 +63,8 @@ class Setup(msgspec.Struct, array_like=True, tag="setup"):
     log_level: str = "warning"
     #: Whether the health of gradients is looked at, where a model does not say itself that it is not.
     gradient_health: bool = True
+    #: Share of the worker's time that may go into that; 0: no limit.
+    gradient_health_cost: float = 0.0
 
 
 class Load(msgspec.Struct, array_like=True, tag="load"):
