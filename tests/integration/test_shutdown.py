@@ -173,13 +173,15 @@ def test_a_terminal_does_not_drain(served: Callable[..., Served], number: signal
 
 def test_probes_answer_while_models_load(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text("import time\ntime.sleep(6)\n" + MODELS)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = str(found.getsockname()[1])
     process = subprocess.Popen(
-        command("serve", "models.py", "--port", "0", "--metrics-port", "0", "--health-port", "18471", "--threads", "1"),
+        command("serve", "models.py", "--port", "0", "--metrics-port", "0", "--health-port", port, "--threads", "1"),
         cwd=tmp_path,
         stderr=subprocess.DEVNULL,
     )
     try:
-        channel = grpc.insecure_channel("127.0.0.1:18471")
+        channel = grpc.insecure_channel(f"127.0.0.1:{port}")
         assert health(channel, "liveness") == SERVING
         assert health(channel, "readiness") == NOT_SERVING
         eventually(lambda: health(channel, "readiness") == SERVING, "it becomes ready", 60)
