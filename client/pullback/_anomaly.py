@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-from contextlib import ContextDecorator
-from types import TracebackType
-from typing import Self
+
+from pullback._switch import Switch
 
 _enabled: contextvars.ContextVar[bool] = contextvars.ContextVar("pullback_detect_anomaly", default=False)
 
@@ -15,7 +14,7 @@ def is_anomaly_enabled() -> bool:
     return _enabled.get()
 
 
-class detect_anomaly(ContextDecorator):
+class detect_anomaly(Switch):
     """Calls and backwards inside fail with NonFinite where what they return is not finite, and name what made it.
 
         with pb.autograd.detect_anomaly():
@@ -31,18 +30,4 @@ class detect_anomaly(ContextDecorator):
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self._mode = bool(enabled)
-        self._tokens: list[contextvars.Token[bool]] = []
-
-    def _recreate_cm(self) -> Self:
-        # A fresh one for each call of a decorated function, which may recurse or run in several threads.
-        return type(self)(self._mode)
-
-    def __enter__(self) -> Self:
-        self._tokens.append(_enabled.set(self._mode))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _enabled.reset(self._tokens.pop())
+        super().__init__(_enabled, bool(enabled))

@@ -181,12 +181,10 @@ class Tape:
         return result
 
     def _looked_at(self, label: tuple[str, HealthRecord], subject: Subject) -> _Looked | None:
-        if not (self._engine.gradient_health and label[1].enabled and thrift.affords(label[0])):
+        if not (self._engine.gradient_health and label[1].enabled):
             return None
-        began = time.perf_counter()
-        signs = examine(subject)
-        thrift.looked(label[0], began)
-        return label, signs
+        signs = thrift.look(label[0], lambda: examine(subject))
+        return None if signs is None else (label, signs)
 
     def _keep(self, op: ops.Op, operands: Operands) -> None:
         """Stores the op's own tensors that are to be kept. Raises Fault, having stored none."""

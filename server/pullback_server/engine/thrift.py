@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 #: What is looked at is sent and counted too, which takes about as long again.
 _WHOLE = 2.0
@@ -34,6 +37,15 @@ class Thrift:
             return self._decided
         now = time.perf_counter()
         return now >= self._next or now - self._seen.get(model, -math.inf) >= _AT_THE_LATEST
+
+    def look(self, model: str, work: Callable[[], T]) -> T | None:
+        """What `work` finds when it looks at a call; None: it cannot be afforded."""
+        if not self.affords(model):
+            return None
+        began = time.perf_counter()
+        found = work()
+        self.looked(model, began)
+        return found
 
     def looked(self, model: str, began: float) -> None:
         """A call was looked at, from `began` on the time.perf_counter clock until now."""

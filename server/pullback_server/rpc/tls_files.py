@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -18,7 +17,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-_LARGEST = 4 << 20
+from pullback_server.rpc.small_files import contents
+
 #: Keys that gRPC offers and takes, everywhere: with any other no client would get in, and nothing would say why.
 _CURVES = ("secp256r1", "secp384r1")
 _SMALLEST_RSA = 2048
@@ -87,21 +87,10 @@ def _as_file(data: bytes) -> Iterator[str]:
 def read(files: TlsFiles) -> tuple[bytes, bytes, bytes | None]:
     """Raises CertificateError."""
     return (
-        _contents("--tls-cert", files.cert),
-        _contents("--tls-key", files.key),
-        None if files.client_ca is None else _contents("--tls-client-ca", files.client_ca),
+        contents(files.cert, "--tls-cert", CertificateError),
+        contents(files.key, "--tls-key", CertificateError),
+        None if files.client_ca is None else contents(files.client_ca, "--tls-client-ca", CertificateError),
     )
-
-
-def _contents(option: str, path: str) -> bytes:
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(_LARGEST + 1)
-    except OSError as error:
-        raise CertificateError(f"{option} {path}: {error.strerror}") from None
-    if len(data) > _LARGEST:
-        raise CertificateError(f"{option} {path}: it has more than {_LARGEST} bytes")
-    return data
 
 
 def checked(files: TlsFiles, cert: bytes, key: bytes, client_ca: bytes | None) -> Material:

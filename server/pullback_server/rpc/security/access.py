@@ -25,14 +25,15 @@ from pullback_server.rpc.security.principals import (
 )
 from pullback_server.rpc.security.quotas import Usage
 from pullback_server.rpc.security.tokens import Tokens
+from pullback_server.rpc.small_files import contents
 from pullback_server.telemetry import Metrics
 from pullback_wire import Reason
 
 logger = logging.getLogger(__name__)
 
 _BEARER = "bearer "
-#: Characters of a token that is looked at, and bytes of a file.
-_LONGEST, _LARGEST = 8192, 4 << 20
+#: Characters of a token that is looked at.
+_LONGEST = 8192
 #: Seconds between two looks at the file, and for which it must have been the same when it has changed.
 _PAUSE, _SETTLING = 1.0, 0.3
 #: Sessions looked after before the event loop gets a turn.
@@ -60,12 +61,12 @@ class _Source:
 
         Raises PrincipalsError.
         """
-        data = _contents(self._path, "principals")
+        data = contents(self._path, "principals", PrincipalsError)
         fresh = data != self._data
         if fresh and self._data is not None:
             # Who writes into the file is not done at once, and the first half of it may make sense.
             time.sleep(_SETTLING)
-            if _contents(self._path, "principals") != data:
+            if contents(self._path, "principals", PrincipalsError) != data:
                 return None
         if fresh:
             self._data, self._keys, self._book = data, None, None
@@ -74,22 +75,11 @@ class _Source:
         if book is None or book.jwt is None:
             return (book, None) if fresh and book is not None else None
         path = str(Path(self._path).parent / book.jwt.jwks)
-        keys = _contents(path, "key set")
+        keys = contents(path, "key set", PrincipalsError)
         if keys == self._keys:
             return None
         self._keys = keys
         return book, Tokens(book.jwt, path, keys)
-
-
-def _contents(path: str, what: str) -> bytes:
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(_LARGEST + 1)
-    except OSError as error:
-        raise PrincipalsError(f"{what} {path}: {error.strerror}") from None
-    if len(data) > _LARGEST:
-        raise PrincipalsError(f"{what} {path}: it has more than {_LARGEST} bytes")
-    return data
 
 
 class Access:
