@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import random
+import re
 import resource
 import socket
 import struct
@@ -89,6 +90,14 @@ def vjp_request(name: str = "cube", size: int = 3) -> bytes:
         function={"model": name}, inputs=[writer.add("x", x)], cotangents=[writer.add("output", x)]
     )
     return encode_message(request, writer.payloads)
+
+
+def answered_by(served: Served) -> int:
+    """VJPs of "cube" that the server says it answered."""
+    found = re.search(
+        r'^pullback_requests_total\{code="OK",method="ComputeVjp",model="cube"\} (\S+)', served.get("/metrics"), re.M
+    )
+    return int(float(found[1])) if found else 0
 
 
 def port_of(target: str) -> int:
@@ -285,6 +294,7 @@ def test_connections_over_the_limit_are_closed(tmp_path: Path) -> None:
 def test_very_many_calls_on_one_connection(served: Served, house: House) -> None:
     """More than it may have at once: the others are refused, or wait their turn at the client."""
     request = vjp_request()
+    before = answered_by(served)
     with grpc.insecure_channel(served.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = channel.unary_unary(VJP)
         futures = [call.future(request, timeout=60) for _ in range(3000)]
@@ -294,9 +304,14 @@ def test_very_many_calls_on_one_connection(served: Served, house: House) -> None
             if future.code() is grpc.StatusCode.UNAVAILABLE:
                 # Sent before the server's settings had come; REFUSED_STREAM says that nothing was done for it.
                 assert "RST_STREAM with error code 7" in future.details()
+            elif future.code() is grpc.StatusCode.CANCELLED:
+                # gRPC had taken it in and gave it up before it reached the application.
+                assert reason_of(future) is None
             elif future.code() is not grpc.StatusCode.OK:
                 assert reason_of(future) is Reason.OVERLOADED
     assert answered > 500
+    # Whatever the transport refused was not computed.
+    assert answered_by(served) - before == answered
     house.answers()
     assert not house.settled()
 
