@@ -25,6 +25,7 @@ from pullback_wire.v1 import gradient_service_pb2 as pb
 
 if TYPE_CHECKING:
     from pullback._graph import ModelGraph
+    from pullback._objective import Objective
     from pullback._session import Session
     from pullback._tensor import Tensor
 
@@ -447,3 +448,30 @@ class RemoteModel:
                 return HessianResult(outputs, structured(gradients, wrt, draft.inputs), hessian)
 
             return self._caller.ask(draft, pb.ComputeHessianResponse, timeout, read)
+
+    def objective(
+        self,
+        inputs: Any,
+        *,
+        wrt: Wrt = None,
+        loss: str | Loss | None = None,
+        target: Any = None,
+        targets: Tensors = None,
+        parameters: Tensors = None,
+        train: bool = False,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Objective:
+        """The function as scipy.optimize wants one: of a flat float64 vector, with derivatives that share evaluations.
+
+            o = model.objective({"x": start, "data": data}, wrt="x")
+            found = scipy.optimize.minimize(o.fun, o.x0, jac=o.jac, hessp=o.hessp, method="trust-ncg")
+            o.unpack(found.x)["x"]
+
+        inputs: as of `vjp`. What `wrt` names of them and of the parameters varies, and starts there; the rest is fixed.
+
+        Raises BadName for a wrt that names nothing, ValueError for one that cannot vary, PullbackError.
+        """
+        from pullback._objective import Objective
+
+        return Objective(self, inputs, wrt, loss, target, targets, parameters, train, seed, timeout)

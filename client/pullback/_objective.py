@@ -1,0 +1,1 @@
+"""`Objective`: a hosted function as optimisers over flat vectors want one."""
