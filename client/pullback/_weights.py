@@ -21,7 +21,7 @@ Weights: TypeAlias = str | os.PathLike[str] | Buffer | BinaryIO | Mapping[str, A
 #: Bytes read at once.
 PIECE = 1 << 20
 #: What safetensors calls a dtype, by numpy's name of it. It has none for complex128.
-_SAFETENSORS = {
+SAFETENSORS = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
@@ -104,7 +104,7 @@ def _safetensors(weights: Mapping[str, Any]) -> tuple[Buffer, ...]:
         if not isinstance(name, str) or name == "__metadata__":
             raise TypeError(f"weights has a key {name!r}, expected names of parameters and buffers")
         array = arrays[name] = as_array(value, f"weights[{name!r}]")
-        if array.dtype.name not in _SAFETENSORS:
+        if array.dtype.name not in SAFETENSORS:
             raise TypeError(f"weights[{name!r}] has dtype {array.dtype.name}, which a safetensors file cannot hold")
     writer = TensorWriter()
     table: dict[str, Any] = {}
@@ -114,7 +114,7 @@ def _safetensors(weights: Mapping[str, Any]) -> tuple[Buffer, ...]:
         array = arrays[name]
         writer.add(name, array)
         begin, end = end, end + array.nbytes
-        table[name] = {"dtype": _SAFETENSORS[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
+        table[name] = {"dtype": SAFETENSORS[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     return (len(head).to_bytes(8, "little") + head, *writer.payloads)

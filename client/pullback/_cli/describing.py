@@ -1,21 +1,19 @@
-"""Plain text for people."""
+"""A model's whole signature, for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from pullback._cli.example import example
+from pullback._cli.tables import columns, duration, sized
 from pullback._info import ModelInfo, VersionInfo
 
-
-def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Rows of equal length as left-aligned columns, two spaces apart."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(indent + line.rstrip() for line in lines)
+#: Parameters that are listed; of a large model there are hundreds.
+_LISTED = 40
 
 
 def described(info: ModelInfo) -> str:
-    """A model's whole signature."""
+    """All that is known of a model."""
     orders = "any order" if info.max_order is None else f"up to order {info.max_order}"
     jvp = "available" if info.forward_mode else "not available"
     axis = "not declared" if info.batch_axis is None else str(info.batch_axis)
@@ -33,21 +31,27 @@ def described(info: ModelInfo) -> str:
     if info.memory_bytes:
         facts.append(("memory", sized(info.memory_bytes)))
     if info.gradient_seconds is not None:
-        facts.append(("time of a vjp", f"{info.gradient_seconds * 1e3:.3g} ms"))
+        facts.append(("time of a vjp", duration(info.gradient_seconds)))
     if info.plan:
         facts.append(("compiled plan", info.plan))
     if info.hard_timeout is not None:
         facts.append(("hard limit", f"{info.hard_timeout:g} s"))
-    parts = [info.name + (f": {info.description}" if info.description else ""), columns(facts, "  ")]
+    first, *more = [line.strip() for line in info.description.strip().splitlines()] or [""]
+    parts = [info.name + (f": {first}" if first else ""), *(f"  {line}".rstrip() for line in more)]
+    parts.append(columns(facts, "  "))
     parts += _section("inputs", info.inputs)
     parts += _section("outputs", info.outputs or ["not known before a call"])
+    parts += _section("for example", [example(info)])
     if info.parameters:
-        parts += _section(f"parameters ({info.parameter_count:,} elements)", info.parameters)
-    parts += _section("losses", info.losses)
+        listed: list[object] = [*info.parameters[:_LISTED]]
+        if len(info.parameters) > _LISTED:
+            listed.append(f"... and {len(info.parameters) - _LISTED:,} more, which --json has")
+        parts += _section(f"parameters ({info.parameter_count:,} elements)", listed)
     parts += _section("checks at load", info.checks)
     parts += _section("limits", info.limits)
     if len(info.version_statuses) > 1:
         parts += _section("versions", _versions(info))
+    parts += _section("losses", info.losses)
     return "\n".join(parts)
 
 
@@ -72,16 +76,6 @@ def stated(one: ModelInfo | VersionInfo) -> str:
 
 def _versions(info: ModelInfo) -> list[str]:
     return [f"{one.version}: {stated(one)}" for one in info.version_statuses]
-
-
-def sized(count: int) -> str:
-    """A number of bytes: "512 bytes", "3.0 MiB"."""
-    size, units = float(count), ["KiB", "MiB", "GiB", "TiB"]
-    if count < 1024:
-        return f"{count} bytes"
-    while size >= 1024 and units:
-        size, unit = size / 1024, units.pop(0)
-    return f"{size:.1f} {unit}"
 
 
 def _merging(info: ModelInfo) -> str:
