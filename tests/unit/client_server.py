@@ -98,6 +98,8 @@ class Fake:
         self.told: dict[str, Any] = {}
         self.answers_as = ("2", 0)
         self.cancelled = threading.Event()
+        #: An upload's stream is over, however it ended.
+        self.upload_over = threading.Event()
         self.target = ""
 
     def calls(self, method: str) -> int:
@@ -171,6 +173,7 @@ class Fake:
 
     def take(self, parts: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """UploadWeights."""
+        context.add_callback(self.upload_over.set)
         received = [model_service_pb2.UploadWeightsRequest.FromString(next(parts))]
         seen = Seen("UploadWeights", received, dict(context.invocation_metadata()))
         self.seen.append(seen)
@@ -204,7 +207,7 @@ def _square(seen: Seen, writer: TensorWriter) -> Any:
         return pb.ComputeVjpResponse(outputs=_outputs(seen, writer, outputs), gradients=_gradients(writer, gradients))
     outputs = {"output": x**2}
     v = seen.tensors["cotangents"].get("output", np.ones_like(x))
-    t = seen.tensors["tangents"].get("x", np.zeros_like(x))
+    t = {name.removeprefix("input:"): t for name, t in seen.tensors["tangents"].items()}.get("x", np.zeros_like(x))
     if seen.method == "Evaluate":
         return pb.EvaluateResponse(outputs=_outputs(seen, writer, outputs))
     if seen.method == "ComputeVjp":

@@ -7,7 +7,7 @@
     net = nn.Sequential(nn.Linear(8, 3), RemoteModule(client.model("small")), nn.Linear(2, 1))
     net(x).sum().backward()
 
-The one part of the client that needs torch.
+`pullback.torch.func` has torch.func's transforms, each as stateless calls. The one part of the client that needs torch.
 """
 
 try:
@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("pullback.torch needs torch: pip install 'pullback[torch]'", name="torch") from error
 
+from pullback.torch import func
 from pullback.torch._module import RemoteModule
 
-__all__ = ["RemoteModule"]
+__all__ = ["RemoteModule", "func"]

@@ -270,10 +270,11 @@ class Node(Function):
 
 
 NO_TRANSFORMS = (
-    "a RemoteModule cannot be used inside torch.func transforms (grad, vmap, jvp, ...): use torch.autograd.grad with "
-    "create_graph or is_grads_batched, or torch.autograd.functional"
+    "a RemoteModule cannot be used inside torch.func transforms (grad, vmap, jvp, ...): pullback.torch.func has some "
+    "of its own, each a call of the server; or use torch.autograd.grad with create_graph or is_grads_batched, or "
+    "torch.autograd.functional"
 )
 NO_FORWARD_MODE = (
-    "a RemoteModule has no forward mode: use torch.autograd.functional.jvp, which goes backward twice, or the jvp "
-    "method of the client's RemoteModel"
+    "a RemoteModule has no forward mode: use torch.autograd.functional.jvp, which goes backward twice, or "
+    "pullback.torch.func.jvp"
 )
