@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +21,12 @@ def zoo() -> Iterator[str]:
 
     with Server(ZOO, threads=1, max_message_bytes=64 << 20) as server:
         yield server.target
+
+
+@pytest.fixture(scope="module", params=["sync", "aio"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`pullback.connect`, and the asyncio client's with the same face: for what both have to do alike."""
+    from tests.both_clients import connecting
+
+    with connecting(request.param) as found:
+        yield found

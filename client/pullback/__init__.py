@@ -45,6 +45,7 @@ __all__ = [
     "LossInfo",
     "ModelGraph",
     "ModelInfo",
+    "Objective",
     "PlacementInfo",
     "PullbackError",
     "RemoteModel",
@@ -55,6 +56,7 @@ __all__ = [
     "VersionInfo",
     "VjpResult",
     "__version__",
+    "aio",
     "autograd",
     "cat",
     "connect",
@@ -73,9 +75,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pullback import autograd, functional
+    from pullback import aio, autograd, functional
     from pullback._functions import cat, matmul, stack, where
     from pullback._graph import GraphNode, ModelGraph
+    from pullback._objective import Objective
     from pullback._session import Session
     from pullback._tensor import Tensor, tensor
 
@@ -85,8 +88,10 @@ if TYPE_CHECKING:
 _LAZY = {
     "GraphNode": "_graph",
     "ModelGraph": "_graph",
+    "Objective": "_objective",
     "Session": "_session",
     "Tensor": "_tensor",
+    "aio": "",
     "autograd": "",
     "cat": "_functions",
     "functional": "",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from pullback._errand import errand
 from pullback._info import ModelInfo, model_info
 from pullback._transport import Transport
 from pullback._weights import PIECE, Source, Weights, opened
@@ -32,16 +33,17 @@ _WAITING = 2
 _LOOK_AGAIN = 0.1
 
 
-def load(transport: Transport, name: str, version: Number, timeout: float | None) -> ModelInfo:
+async def load(transport: Transport, name: str, version: Number, timeout: float | None) -> ModelInfo:
     """See Client.load_model."""
     request = pb.LoadModelRequest(name=name, version=_number(version))
-    return model_info(_call(transport, "LoadModel", request, pb.LoadModelResponse, f"load {name!r}", timeout).model)
+    answer = await _call(transport, "LoadModel", request, pb.LoadModelResponse, f"load {name!r}", timeout)
+    return model_info(answer.model)
 
 
-def unload(transport: Transport, name: str, version: Number, delete: bool, timeout: float | None) -> None:
+async def unload(transport: Transport, name: str, version: Number, delete: bool, timeout: float | None) -> None:
     """See Client.unload_model."""
     request = pb.UnloadModelRequest(name=name, version=_number(version), delete_uploads=delete)
-    _call(transport, "UnloadModel", request, pb.UnloadModelResponse, f"unload {name!r}", timeout)
+    await _call(transport, "UnloadModel", request, pb.UnloadModelResponse, f"unload {name!r}", timeout)
 
 
 def upload(
@@ -53,7 +55,7 @@ def upload(
     timeout: float | None,
     progress: Progress | None,
 ) -> ModelInfo:
-    """See Client.upload_weights."""
+    """See Client.upload_weights. Blocks."""
     what = f"upload {model!r} version {version}"
     with opened(weights) as source:
         header = pb.UploadHeader(
@@ -78,8 +80,10 @@ def _number(version: Number) -> str:
     return "" if version is None else str(version)
 
 
-def _call(transport: Transport, name: str, request: Message, response: type[M], what: str, timeout: float | None) -> M:
-    answer, _ = transport.call(MODEL_METHODS[name], request, (), response, what, timeout, pure=False)
+async def _call(
+    transport: Transport, name: str, request: Message, response: type[M], what: str, timeout: float | None
+) -> M:
+    answer, _ = await transport.call(MODEL_METHODS[name], request, (), response, what, timeout, pure=False)
     return answer
 
 
@@ -90,19 +94,21 @@ def _send(
     parts: queue.Queue[bytes | None] = queue.Queue(_WAITING)
     # gRPC's thread takes the parts, this one makes them: so files and `progress` are used where the caller is.
     call = begin(iter(parts.get, None))
+    mine = errand.get()
     try:
-        _hand_over(parts, pb.UploadWeightsRequest(header=header), call)
-        sent = 0
-        for piece in source.pieces(most):
-            if not _hand_over(parts, pb.UploadWeightsRequest(data=bytes(piece)), call):
-                break
-            sent += len(piece)
-            if progress is not None:
-                progress(sent, source.size)
-        else:
-            _hand_over(parts, None, call)
-        answer: bytes = call.result()
-        return answer
+        with contextlib.nullcontext() if mine is None else mine.ending(call.cancel):
+            _hand_over(parts, pb.UploadWeightsRequest(header=header), call)
+            sent = 0
+            for piece in source.pieces(most):
+                if not _hand_over(parts, pb.UploadWeightsRequest(data=bytes(piece)), call):
+                    break
+                sent += len(piece)
+                if progress is not None:
+                    progress(sent, source.size)
+            else:
+                _hand_over(parts, None, call)
+            answer: bytes = call.result()
+            return answer
     except BaseException:
         call.cancel()
         raise

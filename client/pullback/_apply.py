@@ -19,6 +19,7 @@ from pullback._session import BLOCK, Callee, HandleInfo, Session, current
 from pullback._sharing import flagged, written
 from pullback._tensor import Tensor
 from pullback._transport import Transport
+from pullback_wire.v1 import function_pb2
 
 #: Outputs of at most so many bytes come along with the answer.
 FETCH_BELOW = 64 << 10
@@ -145,6 +146,10 @@ def run(
     Raises PullbackError.
     """
     recording = is_grad_enabled()
+    known = outputs is not None and session.pipelined
+    if not known:
+        what = callee.model if isinstance(callee, function_pb2.Function) else "op"
+        session.must_wait(f"{what!r}, whose outputs are not known before it has run,", "await model.forward(...)")
     first = session.new_handle(BLOCK if outputs is None or not isinstance(callee, str | Loss) else 1)
     pending = session.call(
         callee,
@@ -158,7 +163,8 @@ def run(
     leaves = arguments.leaves() if recording and callee != "detach" else {}
     if not isinstance(callee, str) or callee in VIEWS:
         arguments.expose()
-    if session.pipelined and outputs is not None:
+    if known:
+        assert outputs is not None
         return [("", Tensor.coming(pending, index, Ref(session, first + index), leaves)) for index in range(outputs)]
     try:
         infos = session.settle(pending)
@@ -183,14 +189,17 @@ def run_in_place(target: Tensor, name: str, others: Mapping[str, Any], options: 
         inputs[key] = rest.operand(one, key, target.dtype if bare else None)
     recording = is_grad_enabled()
     flag = name == "requires_grad_"
+    refusable = target.is_known_leaf and target.may_require_grad
+    # What it makes of others is known when it is known to have worked. By then all that was sent before is known.
+    settles = not session.pipelined or flag or (recording and (rest.requires_grad or refusable))
+    if settles:
+        session.must_wait(f"{name} in place where a graph is recorded", "await session.run(function)")
     pending = session.call(name, inputs, options=options, handles=(), no_grad=not recording, changes=not flag)
     arguments.sent(pending.epoch)
     rest.sent(pending.epoch)
-    refusable = target.is_known_leaf and target.may_require_grad
     infos: list[HandleInfo] = []
     failure: errors.PullbackError | None = None
-    # What it makes of others is known when it is known to have worked. By then all that was sent before is known.
-    if not session.pipelined or flag or (recording and (rest.requires_grad or refusable)):
+    if settles:
         try:
             infos = session.settle(pending)
         except errors.PullbackError as error:

@@ -80,6 +80,7 @@ class _Run:
         batched: bool,
     ) -> tuple[Pending, list[HandleInfo]]:
         """Sends the op and waits for it."""
+        self.session.must_wait("a backward", "await tensor.backward(), or await pullback.aio.grad()")
         room = _FETCH_IN_ALL
         # Those that will be differentiated in turn are less often read.
         most = FETCH_BELOW if create_graph else _FETCH_BELOW
@@ -272,7 +273,8 @@ def grad(
         if result is None and several and not unused:
             raise errors.UnusedInput("one of inputs is not used by the outputs; allow_unused=True gives None for it")
         if result is None and materialize_grads:
-            result = Tensor(np.zeros(tensor.shape, tensor.dtype), home=run.session)
+            kind = run.session.tensor_type or Tensor
+            result = kind(np.zeros(tensor.shape, tensor.dtype), home=run.session)
         results.append(result)
     return tuple(results)
 

@@ -55,12 +55,12 @@ class Caller:
         """Where calls go."""
         return self.transport.address.target
 
-    def info(self, timeout: float | None = None) -> ModelInfo:
+    async def info(self, timeout: float | None = None) -> ModelInfo:
         """What the server says of the model, in whatever state; asked for once it is ready."""
         info = self._info
         if info is None:
             request = model_service_pb2.GetModelRequest(name=self.name, version=self.version)
-            response, _ = self.transport.call(
+            response, _ = await self.transport.call(
                 MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), timeout
             )
             info = model_info(response.model)
@@ -68,7 +68,7 @@ class Caller:
                 self._info = info
         return info
 
-    def graph(
+    async def graph(
         self, train: bool, max_nodes: int | None, timeout: float | None
     ) -> model_service_pb2.GetModelGraphResponse:
         """Asks for the model's autograd graph. Raises ValueError, PullbackError."""
@@ -82,10 +82,14 @@ class Caller:
             max_nodes=nodes,
         )
         method, response = MODEL_METHODS["GetModelGraph"], model_service_pb2.GetModelGraphResponse
-        found, _ = self.transport.call(method, request, (), response, self._what("graph"), timeout)
+        found, _ = await self.transport.call(method, request, (), response, self._what("graph"), timeout)
         return found
 
     def signature(self, timeout: float | None = None) -> ModelInfo:
+        """As `learn`. Blocks."""
+        return self.transport.run(self.learn(timeout))
+
+    async def learn(self, timeout: float | None = None) -> ModelInfo:
         """As `info`, of a model that can be called. One that is being loaded is waited for, as calls do.
 
         timeout: of the call that needs it.
@@ -94,13 +98,13 @@ class Caller:
         """
         deadline = self.transport.deadline(timeout)
         attempt = 0
-        while (info := self.info(timeout)).state != "ready":
+        while (info := await self.info(timeout)).state != "ready":
             attempt += 1
             error = self._not_callable(info)
             pause = self.transport.retry.pause(error, attempt)
             if pause is None or time.monotonic() + pause >= deadline:
                 raise error
-            time.sleep(pause)
+            await self.transport.sleep(pause)
         return info
 
     def _not_callable(self, info: ModelInfo) -> errors.PullbackError:
@@ -115,15 +119,15 @@ class Caller:
         self._info = None
 
     @contextmanager
-    def draft(self, name: str, inputs: Any, common: Common) -> Iterator[Draft]:
+    def draft(self, name: str, common: Common) -> Iterator[Draft]:
         """A request of the RPC `name`, to be filled in and asked while the context lasts."""
         try:
-            yield Draft(name, self.name, self.version, inputs, common, lambda: self.signature(common.timeout))
+            yield Draft(name, self.name, self.version, common, lambda: self.learn(common.timeout))
         except errors.BadName:
             self.forget()
             raise
 
-    def vjp(
+    async def vjp(
         self,
         draft: Draft,
         wrt: str | Sequence[str] | None,
@@ -154,27 +158,32 @@ class Caller:
             norm = None if max_norm is None else norms if batched else float(norms[0])
             return VjpResult(outputs, structure(answer.named(answered.gradients, "gradients")), norm)
 
-        return self.ask(draft, pb.ComputeVjpResponse, timeout, read)
+        return await self.ask(draft, pb.ComputeVjpResponse, timeout, read)
 
-    def ask(self, draft: Draft, response: type[M], timeout: float | None, read: Callable[[M, Answer], R]) -> R:
+    async def ask(self, draft: Draft, response: type[M], timeout: float | None, read: Callable[[M, Answer], R]) -> R:
         """Sends a draft and reads the answer."""
         what = self._what(draft.method.name.removeprefix("Compute").lower())
-        message, reader = self._asked(draft, response, what, timeout)
-        answer = Answer(reader)
-        try:
+        message, reader = await self._asked(draft, response, what, timeout)
+
+        def finish() -> R:
+            answer = Answer(reader)
             result = read(message, answer)
             answer.finish()
+            return result
+
+        try:
+            result = await self.transport.copying(reader.payloads, finish)
         except WireError as error:
             raise errors.ProtocolError(
                 f"{what}: {self.target} sent an answer that contradicts itself: {error}"
             ) from error
         answered: Any = message
-        self._check_version(draft, answered.model_version, answered.model_revision)
+        await self._check_version(draft, answered.model_version, answered.model_revision)
         if isinstance(result, Answered):
             result.model_version, result.model_revision = answered.model_version, answered.model_revision
         return result
 
-    def _check_version(self, draft: Draft, version: str, revision: int) -> None:
+    async def _check_version(self, draft: Draft, version: str, revision: int) -> None:
         """Forgets the signature of another version than the one that answered.
 
         Raises BadName where names were taken from it that have other places by now: the call was another one.
@@ -183,18 +192,18 @@ class Caller:
         if not version or known is None or (known.version, known.revision) == (version, revision):
             return
         self.forget()
-        if draft.named_by is not None and _places(self.signature()) != _places(draft.named_by):
+        if draft.named_by is not None and _places(await self.learn()) != _places(draft.named_by):
             raise errors.BadName(
                 f"model {self.name!r} was replaced by version {version}, whose inputs or outputs have other names or "
                 "places; the call was made with those of before: make it again, or pass tensors by name"
             )
 
-    def _asked(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
+    async def _asked(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
         """By one message, or by a session where the tensors are large, be it only those of the answer."""
         refused: errors.PullbackError | None = None
         if not bulky(self.transport, draft.payloads):
             try:
-                return self._by_message(draft, response, what, timeout)
+                return await self._by_message(draft, response, what, timeout)
             except errors.MessageTooLarge as error:
                 refused = error
             except errors.ResultTooLarge as error:
@@ -205,15 +214,22 @@ class Caller:
         try:
             from pullback._bulk import pool_of
 
-            return pool_of(self.transport).call(draft.method, draft.message, draft.payloads, response, what, timeout)
+            pool = pool_of(self.transport)
+            return await self.transport.aside(
+                pool.call, draft.method, draft.message, draft.payloads, response, what, timeout
+            )
         except errors.Unimplemented:
             # A server without sessions.
             if refused is not None:
                 raise refused from refused.__cause__
-            return self._by_message(draft, response, what, timeout)
+            return await self._by_message(draft, response, what, timeout)
 
-    def _by_message(self, draft: Draft, response: type[M], what: str, timeout: float | None) -> tuple[M, TensorReader]:
-        message, payloads = self.transport.call(draft.method, draft.message, draft.payloads, response, what, timeout)
+    async def _by_message(
+        self, draft: Draft, response: type[M], what: str, timeout: float | None
+    ) -> tuple[M, TensorReader]:
+        message, payloads = await self.transport.call(
+            draft.method, draft.message, draft.payloads, response, what, timeout
+        )
         return message, TensorReader(payloads)
 
     def _what(self, method: str) -> str:

@@ -102,10 +102,7 @@ class Address:
         token = self.token
         if token is None:
             return ()
-        found = token if isinstance(token, str) else token()
-        if not isinstance(found, str) or not found.strip():
-            raise ValueError(f"token gave {type(found).__name__ if not isinstance(found, str) else 'nothing'}")
-        return clean_metadata((("authorization", f"Bearer {found.strip()}"),))
+        return bearer(token if isinstance(token, str) else token())
 
     def options(self) -> list[tuple[str, Any]]:
         """gRPC's channel options."""
@@ -143,6 +140,13 @@ class Address:
             return grpc.insecure_channel(self.target, self.options())
         ca, key, cert = self.tls.read()
         return grpc.secure_channel(self.target, grpc.ssl_channel_credentials(ca, key, cert), self.options())
+
+
+def bearer(token: Any) -> tuple[tuple[str, str | bytes], ...]:
+    """The metadata for what a token, or a function that gives one, gave. Raises ValueError for what is none."""
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError(f"token gave {type(token).__name__ if not isinstance(token, str) else 'nothing'}")
+    return clean_metadata((("authorization", f"Bearer {token.strip()}"),))
 
 
 def clean_metadata(

@@ -77,6 +77,8 @@ def session_now(transport: Transport | None = None, model: tuple[str, str] | Non
                 "client.tensor(...)"
             )
         transport = next((one for one in clients if _found(one)), clients[0])
+    if not transport.has_own_session:
+        raise RuntimeError("an asyncio client has no session of its own: use `async with client.session():`")
     return default_session(transport, model)
 
 

@@ -100,25 +100,25 @@ class Methods:
     def __bool__(self) -> bool:
         if self.numel() != 1:
             raise ValueError(f"the truth value of a tensor of {self.numel()} elements is ambiguous")
-        return bool(self.item())
+        return bool(self._number())
 
     def __float__(self) -> float:
-        return float(self.item())
+        return float(self._number())
 
     def __int__(self) -> int:
-        return int(self.item())
+        return int(self._number())
 
     def __complex__(self) -> complex:
-        return complex(self.item())
+        return complex(self._number())
 
     def __index__(self) -> int:
-        value = self.item()
+        value = self._number()
         if not isinstance(value, int):
             raise TypeError("only an integer tensor of one element can be an index")
         return int(value)
 
     def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if spec and self.numel() == 1 else format(repr(self), spec)
+        return format(self._number(), spec) if spec and self.numel() == 1 else format(repr(self), spec)
 
     # ---- operators
 

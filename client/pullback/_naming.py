@@ -6,7 +6,7 @@ position, or a mapping by name. None in a tuple or mapping leaves that one out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def _by_position(values: Sequence[Any], names: Sequence[str], field: str) -> dic
     return by_name(dict(zip(names, values, strict=True)), field)
 
 
-def name_inputs(value: Any, info: Callable[[], ModelInfo]) -> Inputs:
+async def name_inputs(value: Any, info: Callable[[], Awaitable[ModelInfo]]) -> Inputs:
     """Names the inputs of a call; `info` is asked only where they are not named already.
 
     Raises BadName where positions do not tell the names, TypeError and ValueError as `as_array` does.
@@ -64,17 +64,18 @@ def name_inputs(value: Any, info: Callable[[], ModelInfo]) -> Inputs:
     if isinstance(value, Mapping):
         arrays = by_name(value, "inputs")
         return Inputs(arrays, "mapping", tuple(arrays))
-    specs = info().inputs
+    signature = await info()
+    specs = signature.inputs
     names = tuple(spec.name for spec in specs)
     if _several(value):
         if len(value) > len(names):
             hint = "; pass one array, stacked, if you mean one" if isinstance(value, list) else ""
-            raise errors.BadName(f"{len(value)} inputs are given, {_takes(info())}{hint}")
+            raise errors.BadName(f"{len(value)} inputs are given, {_takes(signature)}{hint}")
         names = names[: len(value)]
         return Inputs(_by_position(value, names, "inputs"), "tuple", names)
     required = [spec.name for spec in specs if not spec.optional]
     if not names or len(required) > 1 or (required and required[0] != names[0]):
-        raise errors.BadName(f"one input is given, {_takes(info())}; pass a tuple or a mapping by name")
+        raise errors.BadName(f"one input is given, {_takes(signature)}; pass a tuple or a mapping by name")
     return Inputs({names[0]: as_array(value, f"inputs[{names[0]!r}]")}, "one", names[:1])
 
 
@@ -83,7 +84,7 @@ def _takes(info: ModelInfo) -> str:
     return f"model {info.name!r} takes {len(info.inputs)}: {inputs or 'none'}"
 
 
-def name_cotangents(value: Any, has_loss: bool, info: Callable[[], ModelInfo]) -> dict[str, Array]:
+async def name_cotangents(value: Any, has_loss: bool, info: Callable[[], Awaitable[ModelInfo]]) -> dict[str, Array]:
     """Names the cotangents of a call; None: there are none.
 
     Raises BadName where positions do not tell the names, TypeError and ValueError as `as_array` does.
@@ -93,7 +94,7 @@ def name_cotangents(value: Any, has_loss: bool, info: Callable[[], ModelInfo]) -
     if isinstance(value, Mapping):
         return by_name(value, "cotangents")
     several = _several(value)
-    known = ("loss",) if has_loss else tuple(spec.name for spec in info().outputs)
+    known = ("loss",) if has_loss else tuple(spec.name for spec in (await info()).outputs)
     # The server does not know the outputs of a model it could not try; these are the names it would give.
     if several:
         names = known or tuple(_TUPLE_OUTPUT.format(index) for index in range(len(value)))

@@ -76,6 +76,9 @@ def session_signature(caller: Caller, session: Session) -> ModelInfo:
     model = (caller.name, caller.version)
     found = session.signatures.get(model)
     if found is None:
+        session.must_wait(
+            f"model {caller.name!r}: its signature", "client.session(models=[model]), or await session.use(model)"
+        )
         caller.forget()
         found = session.signatures.setdefault(model, caller.signature())
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +41,30 @@ class Draft:
     Every method raises BadName, TypeError or ValueError for arguments that make no request.
     """
 
-    def __init__(self, name: str, model: str, version: str, inputs: Any, common: Common, info: Callable[[], ModelInfo]):
+    inputs: Inputs
+
+    def __init__(
+        self, name: str, model: str, version: str, common: Common, info: Callable[[], Awaitable[ModelInfo]]
+    ) -> None:
         self.method: Method = GRADIENT_METHODS[name]
+        self._model, self._version = model, version
+        self._common = common
         self._ask = info
         #: The signature that told names, where any were missing.
         self.named_by: ModelInfo | None = None
-        self.inputs: Inputs = name_inputs(inputs, self._info)
         self._writer = TensorWriter()
-        loss, targets = resolve_loss(common.loss, common.target, common.targets)
-        self._has_loss = loss is not None
+        self._has_loss = False
         # One of six types with most fields in common; each method here is called for those that have its field.
         message: Any = self.method.request()
         self.message = message
-        self.message.function.CopyFrom(_function(model, version, loss, common))
+
+    async def fill(self, inputs: Any) -> None:
+        """Everything but what only some of the RPCs take. To be called first."""
+        common = self._common
+        self.inputs = await name_inputs(inputs, self._info)
+        loss, targets = resolve_loss(common.loss, common.target, common.targets)
+        self._has_loss = loss is not None
+        self.message.function.CopyFrom(_function(self._model, self._version, loss, common))
         number = result_dtype(common.result_dtype)
         if number:
             self.message.results.dtype = number
@@ -61,8 +72,8 @@ class Draft:
         self._add(self.message.targets, targets)
         self._add(self.message.parameters, by_name(common.parameters, "parameters"))
 
-    def _info(self) -> ModelInfo:
-        self.named_by = self._ask()
+    async def _info(self) -> ModelInfo:
+        self.named_by = await self._ask()
         return self.named_by
 
     @property
@@ -82,9 +93,9 @@ class Draft:
         self.message.wrt.extend(wrt_names(wrt))
         self.message.allow_unused = allow_unused
 
-    def cotangents(self, cotangents: Any) -> None:
+    async def cotangents(self, cotangents: Any) -> None:
         """One cotangent for each output that is pulled back."""
-        self._add(self.message.cotangents, name_cotangents(cotangents, self._has_loss, self._info))
+        self._add(self.message.cotangents, await name_cotangents(cotangents, self._has_loss, self._info))
 
     def tangents(self, tangents: Any) -> list[str]:
         """Tangents, in the structure of the inputs or by name. Returns their names."""

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pullback import errors
 from pullback._arrays import Array
@@ -93,7 +93,7 @@ class Session:
         self.written: dict[int, weakref.ref[Tensor]] = {}
         #: Tensors of this process by their handles here.
         self.living: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self._stream = _open(self.transport, models, self.deadline(None))
+        self._stream = _open(self.stream_type, self.transport, models, self.deadline(None))
 
     def __repr__(self) -> str:
         state = "" if self._stream.usable else ", over"
@@ -153,6 +153,23 @@ class Session:
     def deadline(self, timeout: float | None) -> float:
         """When an op that begins now has run out of time, on the time.monotonic clock."""
         return self.transport.deadline(self._timeout if timeout is None else timeout)
+
+    # ---- how it waits
+
+    #: What its tensors are made of; None: `Tensor`.
+    tensor_type: ClassVar[type[Tensor] | None] = None
+    stream_type: ClassVar[type[Stream]] = Stream
+
+    def must_wait(self, what: str, instead: str) -> None:
+        """Asked before an op is sent whose answer is waited for at once. May refuse: `instead` says what to do."""
+
+    def make_room(self, what: str) -> None:
+        """Waits while too many ops are in flight for another one."""
+        if self._stream.in_flight >= _IN_FLIGHT:
+            self._stream.wait(self._has_room, what, self.deadline(None))
+
+    def _has_room(self) -> bool:
+        return self._stream.in_flight < _IN_FLIGHT
 
     # ---- ops
 
@@ -264,6 +281,7 @@ class Session:
 
     def get(self, handles: Sequence[int], timeout: float | None = None) -> list[Array]:
         """Reads values. Raises PullbackError."""
+        self.must_wait("reading a value", "await tensor.numpy(), .item() or .tolist()")
         writer = FrameWriter(self._stream, "get", 0.0)
         pending = self._submit(pb.SessionRequest(get=pb.GetOp(handles=handles)), writer, "get")
         values = [info.value for info in self.settle(pending, timeout)]
@@ -302,17 +320,13 @@ class Session:
         self._stream.released.append(handle)
 
     def _submit(self, frame: pb.SessionRequest, writer: FrameWriter, what: str, changes: bool = False) -> Pending:
+        self.make_room(what)
         reply = Reply(what)
         self._stream.send(frame, writer.payloads, reply, changes)
         pending = Pending(self, reply)
         if self.pipelined:
             self._unseen.append(pending)
-        if self._stream.in_flight > _IN_FLIGHT:
-            self._stream.wait(self._has_room, what, self.deadline(None))
         return pending
-
-    def _has_room(self) -> bool:
-        return self._stream.in_flight <= _IN_FLIGHT
 
     def settle(self, pending: Pending, timeout: float | None = None) -> list[HandleInfo]:
         """The result of `pending`, once every op sent before it is known to have succeeded.
@@ -394,14 +408,14 @@ def _naming(error: errors.PullbackError, pending: Pending, pipelined: bool) -> e
     return error
 
 
-def _open(transport: Transport, models: Sequence[tuple[str, str]], deadline: float) -> Stream:
+def _open(kind: type[Stream], transport: Transport, models: Sequence[tuple[str, str]], deadline: float) -> Stream:
     """Opens a stream, with retries: nothing is lost by another attempt."""
     refs = [pb.ModelRef(name=name, version=version) for name, version in models]
     attempt = 0
     while True:
         attempt += 1
         try:
-            stream = Stream(transport)
+            stream = kind(transport)
             stream.open(pb.OpenSession(models=refs, chunk_threshold=CHUNK_THRESHOLD), deadline)
             return stream
         except errors.PullbackError as error:

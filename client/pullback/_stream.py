@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from pullback import errors
+from pullback._errand import errand
 from pullback._fork import gate
 from pullback._memory import Memory
 from pullback._ticker import ticker
@@ -105,7 +106,7 @@ class Stream:
         self._closing = False
         self._silence = _HEARTBEAT_TIMEOUT
         self._sent = self._heard = time.monotonic()
-        authorization = transport.address.authorization()
+        authorization = transport.run(transport.authorization())
         with gate:
             call, self.request_id = transport.stream(PATH, iter(self._frames.get, None), authorization)
         self._call = call
@@ -215,6 +216,14 @@ class Stream:
 
         Raises DeadlineExceeded, after which the session is lost, or what ended the session.
         """
+        mine = errand.get()
+        if mine is None:
+            self._wait(done, what, deadline)
+        else:
+            with mine.ending(self.hang_up):
+                self._wait(done, what, deadline)
+
+    def _wait(self, done: Callable[[], bool], what: str, deadline: float) -> None:
         while True:
             late = False
             with self._state:
@@ -362,6 +371,10 @@ class Stream:
         with gate:
             self._call.cancel()
 
+    def hang_up(self) -> None:
+        """Ends the session without a goodbye. Waits for nobody."""
+        self.fail(errors.SessionLost("it was closed"))
+
     def _expire(self, what: str) -> None:
         self.fail(errors.SessionLost(f"no answer from {self.target} came in time ({what}), so its state is unknown"))
 
@@ -409,7 +422,7 @@ class Stream:
         try:
             self.wait(self.is_over, "close", time.monotonic() + _GOODBYE)
         except errors.PullbackError:
-            self.fail(errors.SessionLost("it was closed"))
+            self.hang_up()
 
     # ---- the ticker
 

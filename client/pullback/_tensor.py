@@ -88,7 +88,8 @@ class Tensor(Methods):
 
     @classmethod
     def _bare(cls, ref: Ref, leaves: Leaves) -> Tensor:
-        self = cls.__new__(cls)
+        kind = ref.session.tensor_type or cls
+        self = kind.__new__(kind)
         self._data = self._pending = self._grad = None
         self._home = ref.session
         self._requires_grad = False
@@ -374,6 +375,9 @@ class Tensor(Methods):
 
     def item(self) -> Any:
         """The value of a tensor of one element, as a Python number. Raises ValueError for any other."""
+        return self._number()
+
+    def _number(self) -> Any:
         value = self._value()
         if value.size != 1:
             raise ValueError(f"a tensor of shape {list(self.shape)} is not one number")
@@ -386,7 +390,7 @@ class Tensor(Methods):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         if copy is False:
             raise ValueError("a tensor's value cannot be had without a copy")
-        value = self.numpy()
+        value = Tensor.numpy(self)
         return value if dtype is None else value.astype(dtype)
 
     def __reduce__(self) -> Any:
@@ -395,7 +399,7 @@ class Tensor(Methods):
     def __deepcopy__(self, memo: Any) -> Tensor:
         if not self.is_leaf:
             raise TypeError("only leaves can be deep-copied, as in torch; use .clone()")
-        return Tensor(self.numpy(), self.requires_grad)
+        return Tensor(Tensor.numpy(self), self.requires_grad)
 
     def __repr__(self) -> str:
         from pullback._repr import shown

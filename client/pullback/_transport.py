@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from google.protobuf.message import Message
 
 from pullback import errors
+from pullback._blocking import run
 from pullback._calls import Metadata, accompany, read_timings, recorded
 from pullback._channel import Address, ForkAwareChannel
 from pullback._fork import gate
@@ -20,6 +22,10 @@ from pullback_wire import Method, WireError, decode, encode
 from pullback_wire.framing import Buffer
 
 M = TypeVar("M", bound=Message)
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T", bound="Transport")
+Trailers = Iterable[tuple[str, str | bytes]] | None
 
 #: gRPC takes a timeout as the distance to a point in time and overflows far below a float's range.
 _LONGEST = 3e8
@@ -37,11 +43,18 @@ class Transport:
     """Makes calls to one address. Safe to use from many threads, in forked children, and to pickle.
 
     timeout: seconds for a call and all its attempts, where the call says nothing; None or infinity: no limit.
-    everyone: all transports of this process that are in use.
+    Its coroutines wait by what is under "how it waits" alone. Here that blocks, so they end at their first step (see
+    `_blocking`); another class may wait otherwise.
+
+    everyone: all transports of this process that are in use, and whose clients have a session of their own.
     belongings: what others keep for as long as it lives, by what it is; not pickled.
     """
 
     everyone: ClassVar[weakref.WeakSet[Transport]] = weakref.WeakSet()
+    #: Whether tensors for which no session was opened get one.
+    has_own_session: ClassVar[bool] = True
+    #: Entered for each attempt.
+    gate: ClassVar[AbstractContextManager[None]] = gate
 
     def __init__(self, address: Address, timeout: float | None, retry: RetryPolicy) -> None:
         check_timeout(timeout)
@@ -66,13 +79,51 @@ class Transport:
 
         A client that is dropped then takes its sessions along at once.
         """
-        line = object.__new__(type(self))
+        return self._share(type(self))
+
+    def _share(self, kind: type[T]) -> T:
+        line = object.__new__(kind)
         line.address, line.timeout, line.retry = self.address, self.timeout, self.retry
         line._channel = self._channel
         line.belongings = {}
         return line
 
-    def call(
+    # ---- how it waits
+
+    def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        """What a coroutine over this transport returns. Blocks."""
+        return run(coroutine)
+
+    async def unary(
+        self, path: str, data: bytes, timeout: float | None, metadata: Metadata, told: bool
+    ) -> tuple[bytes, Trailers]:
+        """One attempt of a unary call: its answer, and if `told` its trailing metadata. Raises grpc.RpcError."""
+        # Blocking, and not through a future: that takes a thread switch more. An exception that arrives meanwhile,
+        # such as KeyboardInterrupt, cancels the call.
+        if told:
+            answer, call = self._channel.unary(path).with_call(data, timeout=timeout, metadata=metadata)
+            return answer, call.trailing_metadata()
+        return self._channel.unary(path)(data, timeout=timeout, metadata=metadata), None
+
+    async def authorization(self) -> Metadata:
+        """See `Address.authorization`."""
+        return self.address.authorization()
+
+    async def sleep(self, seconds: float) -> None:
+        """Lets time pass."""
+        time.sleep(seconds)  # noqa: ASYNC251
+
+    async def aside(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What a function returns that blocks, or computes for long."""
+        return function(*args, **kwargs)
+
+    async def copying(self, buffers: Sequence[Buffer], function: Callable[[], R]) -> R:
+        """What a function returns that copies these."""
+        return function()
+
+    # ---- calls
+
+    async def call(
         self,
         method: Method,
         request: Message,
@@ -96,7 +147,7 @@ class Transport:
                 f"{what}: the request has {size:,} bytes, this client's limit (max_message_bytes of pullback.connect) "
                 f"is {self.address.max_message_bytes:,}"
             )
-        answer = self.send(method.path, encode(header, payloads), what, timeout, pure=pure)
+        answer = await self.send(method.path, encode(header, payloads), what, timeout, pure=pure)
         return self.read(response, answer, what)
 
     def read(self, response: type[M], answer: bytes, what: str) -> tuple[M, Sequence[memoryview]]:
@@ -108,7 +159,7 @@ class Transport:
                 f"{what}: {self.address.target} answered what cannot be read: {error}"
             ) from error
 
-    def send(
+    async def send(
         self, path: str, data: bytes, what: str, timeout: float | None, attempts: int | None = None, pure: bool = True
     ) -> bytes:
         """The bytes of the answer to `data`.
@@ -122,25 +173,19 @@ class Transport:
         timings = recorded()
         id, common = accompany(self.address.metadata, timings is not None)
 
-        def make(left: float | None, authorization: Metadata) -> bytes:
-            metadata = (*common, *authorization)
-            # Blocking, and not through a future: that takes a thread switch more. An exception that arrives
-            # meanwhile, such as KeyboardInterrupt, cancels the call.
-            answer: bytes
-            if timings is None:
-                answer = self._channel.unary(path)(data, timeout=left, metadata=metadata)
-                return answer
+        async def make(left: float | None, authorization: Metadata) -> bytes:
             began = time.perf_counter()
-            answer, call = self._channel.unary(path).with_call(data, timeout=left, metadata=metadata)
-            took = time.perf_counter() - began
-            if (told := read_timings(call.trailing_metadata(), what, id, took)) is not None:
-                timings.append(told)
+            answer, trailers = await self.unary(path, data, left, (*common, *authorization), timings is not None)
+            if timings is not None:
+                took = time.perf_counter() - began
+                if (told := read_timings(trailers, what, id, took)) is not None:
+                    timings.append(told)
             return answer
 
-        return self._persist(make, what, timeout, attempts, pure, id)
+        return await self._persist(make, what, timeout, attempts, pure, id)
 
     def upload(self, path: str, send: Callable[[Any], bytes], what: str, timeout: float | None) -> bytes:
-        """The bytes of the answer to a stream, which is not pure.
+        """The bytes of the answer to a stream, which is not pure. Blocks.
 
         send: makes one attempt, given a function that begins the call with an iterator of bytes and returns gRPC's
             call object; returns the answer.
@@ -150,16 +195,16 @@ class Transport:
 
         id, common = accompany(self.address.metadata)
 
-        def make(left: float | None, authorization: Metadata) -> bytes:
+        async def make(left: float | None, authorization: Metadata) -> bytes:
             metadata = (*common, *authorization)
             method = self._channel.channel().stream_unary(path, request_serializer=None, response_deserializer=None)
             return send(lambda parts: method.future(parts, timeout=left, metadata=metadata))
 
-        return self._persist(make, what, timeout, None, False, id)
+        return self.run(self._persist(make, what, timeout, None, False, id))
 
-    def _persist(
+    async def _persist(
         self,
-        make: Callable[[float | None, Metadata], bytes],
+        make: Callable[[float | None, Metadata], Awaitable[bytes]],
         what: str,
         timeout: float | None,
         attempts: int | None,
@@ -173,18 +218,18 @@ class Transport:
             limit = None
         end = math.inf if limit is None else time.monotonic() + limit
         attempt = 0
-        authorization = self.address.authorization()
+        authorization = await self.authorization()
         renewed = False
         while True:
             attempt += 1
             try:
-                return self._attempt(make, authorization, what, limit, end, id)
+                return await self._attempt(make, authorization, what, limit, end, id)
             except errors.Unauthenticated:
                 # Refused before anything was done. A token may have expired since it was asked for.
                 if renewed or attempt == attempts:
                     raise
                 renewed = True
-                if (fresh := self.address.authorization()) == authorization:
+                if (fresh := await self.authorization()) == authorization:
                     raise
                 authorization = fresh
                 continue
@@ -193,14 +238,14 @@ class Transport:
                 pause = self.retry.pause(error, attempt) if again else None
                 if pause is None or time.monotonic() + pause >= end:
                     raise
-            time.sleep(pause)
+            await self.sleep(pause)
             if self._channel.closed:
                 raise self._is_closed(what)
-            authorization = self.address.authorization()
+            authorization = await self.authorization()
 
-    def _attempt(
+    async def _attempt(
         self,
-        make: Callable[[float | None, Metadata], bytes],
+        make: Callable[[float | None, Metadata], Awaitable[bytes]],
         authorization: Metadata,
         what: str,
         limit: float | None,
@@ -210,12 +255,12 @@ class Transport:
         if self._channel.closed:
             raise self._is_closed(what)
         # The gate is around the imports too: one that is under way would hang a child forked meanwhile.
-        with gate:
+        with self.gate:
             import grpc
 
             left = None if limit is None else max(end - time.monotonic(), 0.0)
             try:
-                return make(left, authorization)
+                return await make(left, authorization)
             except grpc.RpcError as error:
                 if self._channel.closed:
                     raise self._is_closed(what) from error

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import zoo as models
+from tests.both_clients import connecting
 from torch import Tensor, nn
 
 import pullback as pb
@@ -186,9 +187,9 @@ def subject_id(subject: Subject) -> str:
 every_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=subject_id)
 
 
-@pytest.fixture(scope="module")
-def client(zoo: str) -> Iterator[pb.Client]:
-    with pb.connect(zoo, timeout=60) as client:
+@pytest.fixture(scope="module", params=["sync", pytest.param("aio", marks=pytest.mark.slow)])
+def client(zoo: str, request: pytest.FixtureRequest) -> Iterator[pb.Client]:
+    with connecting(request.param) as connect, connect(zoo, timeout=60) as client:
         yield client
 
 

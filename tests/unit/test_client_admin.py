@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.both_clients import Connect
 from tests.unit.client_server import Failure, Fake, serving
 
 import pullback as pb
@@ -31,8 +32,8 @@ def fake() -> Iterator[Fake]:
 
 
 @pytest.fixture
-def client(fake: Fake) -> Iterator[pb.Client]:
-    with pb.connect(fake.target, retry=QUICK, token="secret-key") as client:
+def client(connect: Connect, fake: Fake) -> Iterator[pb.Client]:
+    with connect(fake.target, retry=QUICK, token="secret-key") as client:
         yield client
 
 
@@ -51,33 +52,35 @@ class TestKeys:
         model = client.model("square")
         assert "secret" not in "".join(map(repr, (client, client._transport.address, model, vars(client))))
 
-    def test_it_comes_from_the_environment(self, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_comes_from_the_environment(self, connect: Connect, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PULLBACK_TOKEN", "from-outside\n")
         for settings, sent in (
             ({}, "Bearer from-outside"), ({"token": "mine"}, "Bearer mine"), ({"token": ""}, None),
             ({"metadata": {"authorization": "Basic x"}}, "Basic x"),
         ):  # fmt: skip
-            with pb.connect(fake.target, **settings) as client:
+            with connect(fake.target, **settings) as client:
                 client.models()
             assert fake.seen[-1].metadata.get("authorization") == sent
 
-    def test_it_is_never_sent_in_plain_text_to_another_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_is_never_sent_in_plain_text_to_another_machine(
+        self, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with pytest.raises(ValueError, match=r"example:8470 would get it in plain text; give tls=") as caught:
-            pb.connect("example:8470", token="secret-key")
+            connect("example:8470", token="secret-key")
         assert "secret" not in str(caught.value)
-        pb.connect("example:8470", token="secret-key", tls=pb.TLS()).close()
-        pb.connect("example:8470", metadata={"authorization": "Bearer secret-key"}).close()
+        connect("example:8470", token="secret-key", tls=pb.TLS()).close()
+        connect("example:8470", metadata={"authorization": "Bearer secret-key"}).close()
         for target in ("localhost:1", "127.0.0.1:1", "unix:/run/x", "dns:///localhost:1"):
-            pb.connect(target, token="secret-key").close()
+            connect(target, token="secret-key").close()
         monkeypatch.setenv("PULLBACK_TOKEN", "secret-key")
         with pytest.raises(ValueError, match="PULLBACK_TOKEN"):
-            pb.connect("example:8470")
-        pb.connect("example:8470", token="").close()
+            connect("example:8470")
+        connect("example:8470", token="").close()
 
     @pytest.mark.parametrize("settings", [{"token": "snow☃"}, {"token": "a", "metadata": {"Authorization": "b"}}])
-    def test_what_cannot_be(self, settings: dict[str, Any]) -> None:
+    def test_what_cannot_be(self, connect: Connect, settings: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="authorization"):
-            pb.connect("localhost:1", **settings)
+            connect("localhost:1", **settings)
 
 
 class TestRepeating:
@@ -95,7 +98,7 @@ class TestRepeating:
                 call()
             assert len(fake.seen) == 1
 
-    def test_until_a_server_is_there(self, tmp_path: Path) -> None:
+    def test_until_a_server_is_there(self, connect: Connect, tmp_path: Path) -> None:
         address = f"unix:{tmp_path / 'socket'}"
         retry = pb.RetryPolicy(attempts=50, initial_backoff=0.1, jitter=0)
         up = threading.Event()
@@ -110,15 +113,15 @@ class TestRepeating:
         thread.start()
         threading.Timer(0.3, up.set).start()
         try:
-            with pb.connect(address, retry=retry) as client:
+            with connect(address, retry=retry) as client:
                 assert client.upload_weights("square", bytes(8), 3).name == "square"
                 assert client.load_model("square").name == "square"
         finally:
             done.set()
             thread.join()
 
-    def test_nobody_there(self) -> None:
-        with pb.connect("127.0.0.1:1", retry=QUICK) as client:
+    def test_nobody_there(self, connect: Connect) -> None:
+        with connect("127.0.0.1:1", retry=QUICK) as client:
             with pytest.raises(errors.Unavailable, match=r"load 'm': 127\.0\.0\.1:1 cannot be reached"):
                 client.load_model("m")
             with pytest.raises(errors.Unavailable, match=r"upload 'm' version 1: 127\.0\.0\.1:1 cannot be reached"):
@@ -139,8 +142,8 @@ class TestUpload:
         assert b"".join(part.data for part in parts) == data
         assert seen == [(1 << 20, len(data)), (2 << 20, len(data)), (len(data), len(data))]
 
-    def test_pieces_fit_into_messages(self, fake: Fake) -> None:
-        with pb.connect(fake.target, max_message_bytes=1000) as client:
+    def test_pieces_fit_into_messages(self, connect: Connect, fake: Fake) -> None:
+        with connect(fake.target, max_message_bytes=1000) as client:
             client.upload_weights("square", bytes(5000), 3)
         assert max(len(part.data) for part in fake.seen[-1].message[1:]) <= 1000
 

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.both_clients import Connect
 from tests.unit.client_server import Fake, serving
 
 import pullback as pb
@@ -27,8 +28,8 @@ def server() -> Iterator[Fake]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Fake) -> Iterator[pb.Client]:
-    with pb.connect(server.target) as client:
+def client(connect: Connect, server: Fake) -> Iterator[pb.Client]:
+    with connect(server.target) as client:
         yield client
 
 
@@ -165,10 +166,10 @@ def test_the_signature_is_asked_for_once_and_only_where_names_are_missing(client
     assert fake.calls("GetModel") == 1
 
 
-def test_names_of_outputs_that_the_server_does_not_know() -> None:
+def test_names_of_outputs_that_the_server_does_not_know(connect: Connect) -> None:
     fake = Fake()
     fake.outputs_known = False
-    with serving(fake), pb.connect(fake.target) as client:
+    with serving(fake), connect(fake.target) as client:
         client.model("square").vjp(X, V)
         assert set(fake.seen[-1].tensors["cotangents"]) == {"output"}
         client.model("pair").vjp((X, 1), (None, V))
@@ -422,12 +423,14 @@ class TestWhichVersionAnswered:
         ("state", "kind"),
         [("FAILED", pb.errors.ModelNotFound), ("UNLOADING", pb.errors.ModelNotFound), ("LOADING", pb.errors.NotReady)],
     )
-    def test_a_model_that_is_not_ready(self, server: Fake, fake: Fake, state: str, kind: type[Exception]) -> None:
+    def test_a_model_that_is_not_ready(
+        self, connect: Connect, server: Fake, fake: Fake, state: str, kind: type[Exception]
+    ) -> None:
         fake.told = {
             "state": model_service_pb2.ModelState.Value(f"MODEL_STATE_{state}"),
             "state_reason": "for a reason", "inputs": [], "outputs": [], "parameters": [],
         }  # fmt: skip
-        with pb.connect(server.target, retry=pb.RetryPolicy(attempts=1)) as client:
+        with connect(server.target, retry=pb.RetryPolicy(attempts=1)) as client:
             square = client.model("square")
             assert square.info.state == state.lower()
             assert {one.state for one in client.models()} == {state.lower()}

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from tests.both_clients import Connect
 from tests.unit.client_server import Fake, serving
 
 import pullback as pb
@@ -25,20 +26,20 @@ def options(target: str, **more: Any) -> dict[str, Any]:
     return dict(Address(target, **settings).options())
 
 
-def test_unix_sockets(tmp_path: Path) -> None:
-    with serving(Fake(), address=f"unix:{tmp_path / 'socket'}") as fake, pb.connect(fake.target) as client:
+def test_unix_sockets(connect: Connect, tmp_path: Path) -> None:
+    with serving(Fake(), address=f"unix:{tmp_path / 'socket'}") as fake, connect(fake.target) as client:
         np.testing.assert_array_equal(client.model("square").evaluate([2.0]), [4.0])
 
 
 @pytest.mark.parametrize("prefix", ["", "dns:///", "ipv4:"])
-def test_targets(prefix: str) -> None:
-    with serving(Fake()) as fake, pb.connect(prefix + fake.target) as client:
+def test_targets(connect: Connect, prefix: str) -> None:
+    with serving(Fake()) as fake, connect(prefix + fake.target) as client:
         assert client.ping() > 0
     assert ("grpc.service_config" in options(prefix + fake.target)) == (prefix == "dns:///")
 
 
-def test_calls_are_spread_over_listed_addresses() -> None:
-    with serving(Fake()) as one, serving(Fake()) as two, pb.connect(f"ipv4:{one.target},{two.target}") as client:
+def test_calls_are_spread_over_listed_addresses(connect: Connect) -> None:
+    with serving(Fake()) as one, serving(Fake()) as two, connect(f"ipv4:{one.target},{two.target}") as client:
         model = client.model("square")
         for _ in range(20):
             np.testing.assert_array_equal(model.evaluate([2.0]), [4.0])
@@ -46,13 +47,13 @@ def test_calls_are_spread_over_listed_addresses() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost"])
-def test_a_proxy_is_not_asked_for_loopback(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+def test_a_proxy_is_not_asked_for_loopback(connect: Connect, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     with serving(Fake()) as fake:
         port = fake.target.rpartition(":")[2]
-        with pb.connect(f"{host}:{port}", retry=ONCE) as client:
+        with connect(f"{host}:{port}", retry=ONCE) as client:
             assert client.ping() > 0
 
 
@@ -81,9 +82,9 @@ def test_what_counts_as_local(target: str, local: bool) -> None:
     assert ("grpc.enable_http_proxy" in options(target)) == local
 
 
-def test_metadata_travels() -> None:
+def test_metadata_travels(connect: Connect) -> None:
     metadata = {"Authorization": "Bearer token", "trace-bin": b"\x00\xff"}
-    with serving(Fake()) as fake, pb.connect(fake.target, metadata=metadata) as client:
+    with serving(Fake()) as fake, connect(fake.target, metadata=metadata) as client:
         client.models()
         assert fake.seen[-1].metadata["authorization"] == "Bearer token"
         assert fake.seen[-1].metadata["trace-bin"] == b"\x00\xff"
@@ -110,26 +111,26 @@ def test_metadata_travels() -> None:
         {"name": "line\nbreak"},
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
+def test_settings_that_cannot_be(connect: Connect, settings: dict[str, Any]) -> None:
     name = next(iter(settings))
     with pytest.raises(ValueError, match=name):
-        pb.connect(**{"target": "localhost:1", **settings})
+        connect(**{"target": "localhost:1", **settings})
 
 
-def test_connect_timeout() -> None:
+def test_connect_timeout(connect: Connect) -> None:
     with socket.socket() as mute:
         # Takes connections, and never says a word of HTTP/2.
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        with pb.connect(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout=0.5, retry=ONCE) as client:
+        with connect(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout=0.5, retry=ONCE) as client:
             began = time.monotonic()
             with pytest.raises(pb.errors.Unavailable):
                 client.ping(timeout=60)
             assert time.monotonic() - began < 30
 
 
-def test_a_model_is_named_by_a_str() -> None:
-    client = pb.connect("localhost:1")
+def test_a_model_is_named_by_a_str(connect: Connect) -> None:
+    client = connect("localhost:1")
     for name in ("", None, 3):
         with pytest.raises(TypeError, match="named by a str"):
             client.model(name)  # type: ignore[arg-type]
@@ -157,7 +158,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mutual", [False, True])
-def test_tls(authority: Path, mutual: bool) -> None:
+def test_tls(connect: Connect, authority: Path, mutual: bool) -> None:
     ca = (authority / "ca.pem").read_bytes()
     pair = ((authority / "server.key").read_bytes(), (authority / "server.pem").read_bytes())
     credentials = grpc.ssl_server_credentials([pair], ca if mutual else None, mutual)
@@ -166,17 +167,17 @@ def test_tls(authority: Path, mutual: bool) -> None:
     )
     name = "gradients.example"
     with serving(Fake(), credentials=credentials) as fake:
-        with pb.connect(fake.target, tls=pb.TLS(ca=authority / "ca.pem", server_name=name, **own)) as client:
+        with connect(fake.target, tls=pb.TLS(ca=authority / "ca.pem", server_name=name, **own)) as client:
             np.testing.assert_array_equal(client.model("square").evaluate([2.0]), [4.0])
         strangers = [None, pb.TLS(server_name=name), pb.TLS(ca=ca)] + ([pb.TLS(ca=ca, server_name=name)] * mutual)
         for tls in strangers:
-            with pb.connect(fake.target, tls=tls, retry=ONCE) as client, pytest.raises(pb.errors.Unavailable):
+            with connect(fake.target, tls=tls, retry=ONCE) as client, pytest.raises(pb.errors.Unavailable):
                 client.ping()
 
 
-def test_tls_settings_that_cannot_be(authority: Path) -> None:
+def test_tls_settings_that_cannot_be(connect: Connect, authority: Path) -> None:
     with pytest.raises(ValueError, match="belong together"):
         pb.TLS(cert=authority / "client.pem")
     with pytest.raises(FileNotFoundError):
-        pb.connect("localhost:1", tls=pb.TLS(ca=authority / "none.pem"))
+        connect("localhost:1", tls=pb.TLS(ca=authority / "none.pem"))
     assert "secret" not in repr(pb.TLS(cert=b"public", key=b"secret"))

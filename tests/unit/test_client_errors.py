@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from tests.both_clients import Connect
 from tests.unit.client_server import Failure, Fake, serving
 
 import pullback as pb
@@ -25,8 +26,8 @@ def server() -> Iterator[Fake]:
 
 
 @pytest.fixture(scope="module")
-def square(server: Fake) -> Iterator[pb.RemoteModel]:
-    with pb.connect(server.target, retry=ONCE) as client:
+def square(connect: Connect, server: Fake) -> Iterator[pb.RemoteModel]:
+    with connect(server.target, retry=ONCE) as client:
         yield client.model("square")
 
 
@@ -126,13 +127,13 @@ def test_retry_after(server: Fake, square: pb.RemoteModel) -> None:
 
 
 @pytest.mark.parametrize("details", [b"\xff\xff", b"", b"\x08\x05"])
-def test_details_that_cannot_be_read_or_mean_another_status(details: bytes) -> None:
+def test_details_that_cannot_be_read_or_mean_another_status(connect: Connect, details: bytes) -> None:
     class Torn(Failure):
         def details(self) -> bytes:
             return details
 
     fake = Fake()
-    with serving(fake), pb.connect(fake.target, retry=ONCE) as client:
+    with serving(fake), connect(fake.target, retry=ONCE) as client:
         error = fail(fake, client.model("square"), Torn(3, "message", reason="BAD_TENSOR"))
     assert type(error) is errors.InvalidArgument
     assert "message" in str(error)
@@ -148,27 +149,27 @@ def test_a_deadline_says_how_long_it_was(server: Fake, square: pb.RemoteModel) -
     assert isinstance(caught.value, errors.DeadlineExceeded)
 
 
-def test_nobody_there() -> None:
-    with pb.connect("127.0.0.1:1", retry=ONCE) as client, pytest.raises(ConnectionError) as caught:
+def test_nobody_there(connect: Connect) -> None:
+    with connect("127.0.0.1:1", retry=ONCE) as client, pytest.raises(ConnectionError) as caught:
         client.models()
     assert isinstance(caught.value, errors.Unavailable)
     assert "models: 127.0.0.1:1 cannot be reached" in str(caught.value)
 
 
-def test_a_server_that_is_no_pullback_server() -> None:
+def test_a_server_that_is_no_pullback_server(connect: Connect) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with pb.connect(f"127.0.0.1:{port}") as client, pytest.raises(NotImplementedError, match="is it a Pullback"):
+        with connect(f"127.0.0.1:{port}") as client, pytest.raises(NotImplementedError, match="is it a Pullback"):
             client.models()
     finally:
         server.stop(0).wait()
 
 
 @pytest.mark.parametrize("serving_status", [b"\x08\x02", b"", b"\x08\x03"])
-def test_ping_of_a_server_that_does_not_serve(server: Fake, serving_status: bytes) -> None:
-    with pb.connect(server.target) as client:
+def test_ping_of_a_server_that_does_not_serve(connect: Connect, server: Fake, serving_status: bytes) -> None:
+    with connect(server.target) as client:
         assert 0 < client.ping() < 30
         server.health = serving_status
         try:
@@ -181,51 +182,51 @@ def test_ping_of_a_server_that_does_not_serve(server: Fake, serving_status: byte
 class TestTooLarge:
     """Both ways, both sides: the message names the setting that is in the way."""
 
-    def test_request_over_the_clients_limit(self) -> None:
+    def test_request_over_the_clients_limit(self, connect: Connect) -> None:
         fake = Fake()
-        with serving(fake), pb.connect(fake.target, max_message_bytes=1000) as client:
+        with serving(fake), connect(fake.target, max_message_bytes=1000) as client:
             with pytest.raises(
                 errors.MessageTooLarge, match=r"request has .*\(max_message_bytes of pullback.connect\) is 1,000"
             ):
                 client.model("echo").evaluate({"x": np.zeros(1000)})
             assert not fake.seen
 
-    def test_request_over_the_servers_limit(self) -> None:
+    def test_request_over_the_servers_limit(self, connect: Connect) -> None:
         with (
             serving(Fake(), grpc__max_receive_message_length=1000) as fake,
-            pb.connect(fake.target) as client,
+            connect(fake.target) as client,
             pytest.raises(errors.MessageTooLarge, match=r"request has 8,\d+ bytes, the server's limit .* is 1,000"),
         ):
             client.model("echo").evaluate({"x": np.zeros(1000)})
 
-    def test_answer_over_the_clients_limit(self) -> None:
+    def test_answer_over_the_clients_limit(self, connect: Connect) -> None:
         fake = Fake()
-        with serving(fake), pb.connect(fake.target, max_message_bytes=1000) as client:
+        with serving(fake), connect(fake.target, max_message_bytes=1000) as client:
             square = client.model("square")
             fake.raw = bytes(2000)
             with pytest.raises(errors.MessageTooLarge, match=r"answer has 2,000 bytes, this client's limit .* 1,000"):
                 square.evaluate({"x": np.zeros(1)})
             assert len(fake.seen) == 1
 
-    def test_answer_over_the_servers_limit(self) -> None:
+    def test_answer_over_the_servers_limit(self, connect: Connect) -> None:
         with (
             serving(Fake(), grpc__max_send_message_length=1000) as fake,
-            pb.connect(fake.target) as client,
+            connect(fake.target) as client,
             pytest.raises(errors.MessageTooLarge, match=r"answer has .* bytes, the server's limit .* is 1,000"),
         ):
             client.model("echo").evaluate({"x": np.zeros(1000)})
 
-    def test_beyond_grpcs_default(self) -> None:
+    def test_beyond_grpcs_default(self, connect: Connect) -> None:
         with (
             serving(Fake(), grpc__max_receive_message_length=-1, grpc__max_send_message_length=-1) as fake,
-            pb.connect(fake.target) as client,
+            connect(fake.target) as client,
         ):
             x = np.arange(2 << 20, dtype=np.float64)
             np.testing.assert_array_equal(client.model("echo").evaluate(x), x)
 
 
-def test_closing(server: Fake) -> None:
-    client = pb.connect(server.target)
+def test_closing(connect: Connect, server: Fake) -> None:
+    client = connect(server.target)
     client.ping()
     client.close()
     client.close()

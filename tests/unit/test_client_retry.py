@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from tests.both_clients import Connect
 from tests.unit.client_server import Failure, Fake, serving
 
 import pullback as pb
@@ -26,8 +27,8 @@ X = np.array([2.0])
         Failure(14, reason="UPSTREAM", domain="proxy.example"),
     ],
 )
-def test_what_is_tried_again(failure: Failure) -> None:
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=QUICK) as client:
+def test_what_is_tried_again(connect: Connect, failure: Failure) -> None:
+    with serving(Fake()) as fake, connect(fake.target, retry=QUICK) as client:
         fake.failures = [failure] * 3
         np.testing.assert_array_equal(client.model("square").evaluate({"x": X}), X**2)
         assert fake.calls("Evaluate") == 4
@@ -47,23 +48,23 @@ def test_what_is_tried_again(failure: Failure) -> None:
         Failure(4, retry_after=0.01),
     ],
 )
-def test_what_never_is(failure: Failure) -> None:
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=QUICK) as client:
+def test_what_never_is(connect: Connect, failure: Failure) -> None:
+    with serving(Fake()) as fake, connect(fake.target, retry=QUICK) as client:
         fake.failures = [failure, failure]
         with pytest.raises(pb.PullbackError):
             client.model("square").evaluate({"x": X})
         assert fake.calls("Evaluate") == 1
 
 
-def test_a_ping_is_never_tried_again() -> None:
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=QUICK) as client:
+def test_a_ping_is_never_tried_again(connect: Connect) -> None:
+    with serving(Fake()) as fake, connect(fake.target, retry=QUICK) as client:
         fake.failures = [Failure(14)]
         with pytest.raises(errors.Unavailable):
             client.ping()
 
 
-def test_the_servers_wish_is_waited_for() -> None:
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=QUICK) as client:
+def test_the_servers_wish_is_waited_for(connect: Connect) -> None:
+    with serving(Fake()) as fake, connect(fake.target, retry=QUICK) as client:
         client.ping()
         fake.failures = [Failure.of(Reason.OVERLOADED, retry_after=0.3)]
         began = time.monotonic()
@@ -71,8 +72,8 @@ def test_the_servers_wish_is_waited_for() -> None:
         assert time.monotonic() - began >= 0.3
 
 
-def test_a_pause_beyond_the_deadline_is_not_begun() -> None:
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=QUICK) as client:
+def test_a_pause_beyond_the_deadline_is_not_begun(connect: Connect) -> None:
+    with serving(Fake()) as fake, connect(fake.target, retry=QUICK) as client:
         fake.failures = [Failure.of(Reason.OVERLOADED, retry_after=60.0)]
         began = time.monotonic()
         with pytest.raises(errors.Overloaded):
@@ -80,9 +81,9 @@ def test_a_pause_beyond_the_deadline_is_not_begun() -> None:
         assert time.monotonic() - began < 20
 
 
-def test_all_attempts_share_one_deadline() -> None:
+def test_all_attempts_share_one_deadline(connect: Connect) -> None:
     policy = pb.RetryPolicy(attempts=1000, initial_backoff=0.05, max_backoff=0.05, jitter=0)
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=policy) as client:
+    with serving(Fake()) as fake, connect(fake.target, retry=policy) as client:
         fake.failures = [Failure(14)] * 1000
         began = time.monotonic()
         with pytest.raises((errors.Unavailable, errors.DeadlineExceeded)):
@@ -91,8 +92,8 @@ def test_all_attempts_share_one_deadline() -> None:
         assert 1 < fake.calls("Evaluate") < 30
 
 
-def test_another_attempt_repeats_the_same_seed_and_bytes() -> None:
-    with serving(Fake()) as fake, pb.connect(fake.target, retry=QUICK) as client:
+def test_another_attempt_repeats_the_same_seed_and_bytes(connect: Connect) -> None:
+    with serving(Fake()) as fake, connect(fake.target, retry=QUICK) as client:
         fake.failures = [Failure(14)] * 2
         client.model("square").evaluate({"x": X}, train=True)
         seeds = {seen.message.function.seed for seen in fake.seen}
@@ -100,9 +101,9 @@ def test_another_attempt_repeats_the_same_seed_and_bytes() -> None:
         assert len(seeds) == 1
 
 
-def test_a_server_that_comes_up_later_is_reached(unused_tcp: int) -> None:
+def test_a_server_that_comes_up_later_is_reached(connect: Connect, unused_tcp: int) -> None:
     policy = pb.RetryPolicy(attempts=100, initial_backoff=0.2, max_backoff=0.2, jitter=0.5)
-    with pb.connect(f"127.0.0.1:{unused_tcp}", retry=policy, timeout=30) as client:
+    with connect(f"127.0.0.1:{unused_tcp}", retry=policy, timeout=30) as client:
         with pytest.raises(errors.Unavailable):
             client.ping()
         with serving(Fake(), address=f"127.0.0.1:{unused_tcp}") as fake:

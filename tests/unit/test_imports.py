@@ -16,6 +16,9 @@ def loaded_by(statement: str) -> set[str]:
     ("statement", "never"),
     [
         ("import pullback", {"torch", "jax", "scipy", "pullback_server", "msgspec", "pydantic"}),
+        ("import pullback._cli", {"torch", "jax", "scipy", "rich", "safetensors", "pullback_server"}),
+        ("import pullback; pullback.Objective", {"torch", "jax", "scipy", "pullback_server", "grpc"}),
+        ("import pullback.jax", {"torch", "pullback_server"}),
         ("import pullback_wire", {"torch", "jax", "grpc", "pullback", "pullback_server"}),
         ("import pullback_server", {"torch", "grpc", "pullback"}),
         ("import pullback_server.app, pullback_server.cli, pullback_server.embedded", {"torch", "pullback"}),

@@ -19,11 +19,12 @@ from tests.credentials import AUDIENCE, ISSUER, Authority, Issuer, key_set, plac
 from pullback_server.faults import Fault
 from pullback_server.rpc import Access, PrincipalsError, new_key
 from pullback_server.rpc.security.callers import Credentials, caller, sees
-from pullback_server.rpc.security.gate import NEEDED
+from pullback_server.rpc.security.gate import NEEDED, OPEN
 from pullback_server.rpc.security.principals import RIGHTS, Quota, read_book
 from pullback_server.rpc.security.quotas import SessionUse, Usage
 from pullback_server.telemetry import Metrics
 from pullback_wire import Reason
+from pullback_wire.inference import open_inference_pb2
 from pullback_wire.v1 import gradient_service_pb2, model_service_pb2, session_service_pb2
 
 JWT = f'[jwt]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\njwks = "keys.json"\n'
@@ -375,14 +376,16 @@ class TestCallers:
         assert Access(None, Metrics()).admit(Credentials()).counted_as("one", "peer") == "one"
 
     def test_every_method_needs_something(self) -> None:
-        files = (gradient_service_pb2, model_service_pb2, session_service_pb2)
+        files = (gradient_service_pb2, model_service_pb2, session_service_pb2, open_inference_pb2)
         offered = {
             f"/{service.full_name}/{method.name}"
             for file in files
             for service in file.DESCRIPTOR.services_by_name.values()
             for method in service.methods
         }
-        assert offered == {method for method in NEEDED if not method.startswith("/grpc.")}
+        assert offered - OPEN == {method for method in NEEDED if not method.startswith("/grpc.")}
+        # As of health, whoever asks learns nothing of models.
+        assert {method.rpartition("/")[2] for method in OPEN} == {"ServerLive", "ServerReady"}
         assert all(NEEDED.values())
 
     def test_metrics(self, tmp_path: Path) -> None:
