@@ -13,4 +13,7 @@ fi
 cd "$here"
 # Services are called through raw bytes (see pullback_wire.methods), so no grpc stubs are generated.
 PATH="$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc -I. \
-  --python_out="$dest" --mypy_out="quiet:$dest" pullback_wire/v1/*.proto
+  --python_out="$dest" --mypy_out="quiet:$dest" pullback_wire/v1/*.proto pullback_wire/inference/*.proto
+# A process has one pool of descriptors by default, in which a name has one meaning: whoever also imports another client of
+# the Open Inference Protocol would be refused. Ours go into a pool of their own.
+sed -i 's/_descriptor_pool\.Default()/_descriptor_pool.DescriptorPool()/' "$dest"/pullback_wire/inference/*_pb2.py

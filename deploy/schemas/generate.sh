@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes the schemas of this folder anew. Needs node, npm and the network.
+# Writes the schemas of this folder anew. Needs node, npm, curl, Python with PyYAML (PYTHON), and the network.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
@@ -15,4 +15,10 @@ npm install --silent ts-json-schema-generator@2.4.0 \
 for kind in PodMonitor PrometheusRule ScaledObject Certificate Issuer; do
     npx ts-json-schema-generator --tsconfig tsconfig.json --path wanted.ts --type "$kind" \
         --no-type-check --jsDoc none --no-ref-encode --out "$here/$kind.json"
+done
+for kind in ServingRuntime InferenceService; do
+    name=$(echo "$kind" | tr '[:upper:]' '[:lower:]')
+    curl -fsSL -o "$name.yaml" \
+        "https://raw.githubusercontent.com/kserve/kserve/v0.20.0/config/crd/full/serving.kserve.io_${name}s.yaml"
+    "${PYTHON:-python3}" "$here/from_crd.py" "$name.yaml" "$here/../kserve/$name.yaml" "$here/$kind.json"
 done

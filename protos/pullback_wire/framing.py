@@ -7,7 +7,7 @@ taken as views and the small rest given to protobuf. The bytes are valid protobu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -20,7 +20,6 @@ MAX_FIELDS = 1 << 17
 MAX_DESCRIPTION = 4 << 20
 
 _LENGTH_DELIMITED = 2
-_PAYLOADS_TAG = bytes([((PAYLOADS_FIELD << 3) | _LENGTH_DELIMITED) & 0x7F | 0x80, PAYLOADS_FIELD >> 4])
 
 M = TypeVar("M", bound=Message)
 Buffer = bytes | bytearray | memoryview
@@ -46,16 +45,30 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def encode(header: bytes, payloads: Iterable[Buffer]) -> bytes:
+_PAYLOADS_TAG = _varint(PAYLOADS_FIELD << 3 | _LENGTH_DELIMITED)
+
+
+def encode(header: bytes, payloads: Iterable[Buffer], field: int = PAYLOADS_FIELD) -> bytes:
     """Joins a serialised message and its payloads into one message.
 
-    Each payload must be a contiguous buffer of bytes (format "B"). The payloads are copied exactly once.
+    Each payload must be a contiguous buffer of bytes (format "B"). The payloads are copied exactly once. field: number
+    of theirs.
     """
     parts: list[Buffer] = [header]
+    tag = _PAYLOADS_TAG if field == PAYLOADS_FIELD else _varint(field << 3 | _LENGTH_DELIMITED)
     for payload in payloads:
-        parts.append(_PAYLOADS_TAG + _varint(len(payload)))
+        parts.append(tag + _varint(len(payload)))
         parts.append(payload)
     return b"".join(parts)
+
+
+def nested(number: int, header: bytes, payloads: Iterable[Buffer], field: int) -> bytes:
+    """What to give to `encode` as a header, with the same payloads and their `field`, for a message whose field of this
+    number is the message that `encode` would make of `header`.
+    """
+    tag = len(_varint(field << 3))
+    size = len(header) + sum(tag + len(_varint(len(payload))) + len(payload) for payload in payloads)
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(size) + header
 
 
 def encode_message(message: Message, payloads: Iterable[Buffer]) -> bytes:
@@ -63,7 +76,7 @@ def encode_message(message: Message, payloads: Iterable[Buffer]) -> bytes:
     return encode(message.SerializeToString(), payloads)
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     result = shift = 0
     while True:
         byte = data[at]
@@ -76,6 +89,42 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
             raise WireError("not a protobuf message: a varint is longer than 10 bytes")
 
 
+def walk(data: bytes | memoryview, most: int | None = None) -> Iterator[tuple[int, int, int, int]]:
+    """The top-level fields of a message: of each its number, where it begins, where its body begins (-1: it is not
+    length-delimited), and where it ends, which may be behind the message's end.
+
+    Raises WireError where they cannot be walked, or are more than `most`.
+    """
+    end = len(data)
+    left = end if most is None else most
+    at = 0
+    try:
+        while at < end:
+            start = at
+            if not left:
+                raise WireError(f"the message has more than {most} fields")
+            left -= 1
+            key, at = _read_varint(data, at)
+            wire_type = key & 7
+            body = -1
+            if wire_type == _LENGTH_DELIMITED:
+                length, at = _read_varint(data, at)
+                body, at = at, at + length
+            elif wire_type == 0:
+                _, at = _read_varint(data, at)
+            elif wire_type == 1:
+                at += 8
+            elif wire_type == 5:
+                at += 4
+            else:
+                raise WireError(f"not a protobuf message: wire type {wire_type} at byte {start}")
+            yield key >> 3, start, body, at
+    except IndexError:
+        raise WireError("not a protobuf message: it ends inside a field") from None
+    if at > end:
+        raise WireError("not a protobuf message: it ends inside a field")
+
+
 def split(data: bytes, *, bounded: bool = False) -> tuple[bytes, list[memoryview]]:
     """Splits a message into what is not `payloads` and views of its payloads, in order; copies no payload.
 
@@ -85,42 +134,17 @@ def split(data: bytes, *, bounded: bool = False) -> tuple[bytes, list[memoryview
     """
     view = memoryview(data)
     end = len(data)
-    left = MAX_FIELDS if bounded else end
     rest: list[memoryview] = []
     payloads: list[memoryview] = []
-    at = kept_from = 0
-    try:
-        while at < end:
-            start = at
-            if not left:
-                raise WireError(f"the message has more than {MAX_FIELDS} fields")
-            left -= 1
-            key, at = _read_varint(data, at)
-            wire_type = key & 7
-            if wire_type == _LENGTH_DELIMITED:
-                length, at = _read_varint(data, at)
-                body, at = at, at + length
-                if key >> 3 == PAYLOADS_FIELD:
-                    if at > end:
-                        raise WireError(
-                            f"payload {len(payloads)} claims {length} bytes, {end - body} are left", "payloads"
-                        )
-                    if kept_from < start:
-                        rest.append(view[kept_from:start])
-                    payloads.append(view[body:at])
-                    kept_from = at
-            elif wire_type == 0:
-                _, at = _read_varint(data, at)
-            elif wire_type == 1:
-                at += 8
-            elif wire_type == 5:
-                at += 4
-            else:
-                raise WireError(f"not a protobuf message: wire type {wire_type} at byte {start}")
-    except IndexError:
-        raise WireError("not a protobuf message: it ends inside a field") from None
-    if at > end:
-        raise WireError("not a protobuf message: it ends inside a field")
+    kept_from = 0
+    for number, start, body, at in walk(data, MAX_FIELDS if bounded else None):
+        if number == PAYLOADS_FIELD and body >= 0:
+            if at > end:
+                raise WireError(f"payload {len(payloads)} claims {at - body} bytes, {end - body} are left", "payloads")
+            if kept_from < start:
+                rest.append(view[kept_from:start])
+            payloads.append(view[body:at])
+            kept_from = at
     if kept_from < end:
         rest.append(view[kept_from:end])
     if bounded and (size := sum(map(len, rest))) > MAX_DESCRIPTION:

@@ -26,7 +26,8 @@ class Method:
         return f"/{self.service}/{self.name}"
 
 
-def _unary_methods(file: object, service: str) -> dict[str, Method]:
+def unary_methods(file: object, service: str) -> dict[str, Method]:
+    """A service's unary methods by name. file: its generated module."""
     descriptor = file.DESCRIPTOR.services_by_name[service]  # type: ignore[attr-defined]
     return {
         method.name: Method(
@@ -41,9 +42,9 @@ def _unary_methods(file: object, service: str) -> dict[str, Method]:
 
 
 #: GradientService's methods by name.
-GRADIENT_METHODS: dict[str, Method] = _unary_methods(gradient, "GradientService")
+GRADIENT_METHODS: dict[str, Method] = unary_methods(gradient, "GradientService")
 #: ModelService's unary methods by name.
-MODEL_METHODS: dict[str, Method] = _unary_methods(model, "ModelService")
+MODEL_METHODS: dict[str, Method] = unary_methods(model, "ModelService")
 #: SessionService's full name; its one method is a stream, "Session".
 SESSION_SERVICE: str = session.DESCRIPTOR.services_by_name["SessionService"].full_name
 

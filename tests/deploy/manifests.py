@@ -23,7 +23,7 @@ WHOLE = ["base", *sorted(f"overlays/{path.name}" for path in (DEPLOY / "overlays
 COMPONENTS = sorted(f"components/{path.name}" for path in (DEPLOY / "components").iterdir())
 #: Those that make pods.
 SERVED = [*WHOLE, *COMPONENTS]
-ALL = [*SERVED, "monitoring"]
+ALL = [*SERVED, "monitoring", "kserve"]
 
 
 @functools.cache

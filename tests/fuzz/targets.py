@@ -29,12 +29,15 @@ from pullback_server.job import LossRecord, OrdersRecord, Signature, SpecRecord
 from pullback_server.ops import SessionJob
 from pullback_server.registry.incoming import Incoming
 from pullback_server.rpc import status
+from pullback_server.rpc.inference.contents import read, take_apart
+from pullback_server.rpc.inference.translating import in_their_words, translate
 from pullback_server.rpc.ops import OpTranslator, tensors_in
 from pullback_server.rpc.request import ResultLimits, Translator, wire_path
 from pullback_server.rpc.signature import SignatureView
 from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, Reason, TensorReader, TensorWriter, WireError, decode
 from pullback_wire.dtypes import DTYPES
 from pullback_wire.framing import encode_message
+from pullback_wire.inference import open_inference_pb2 as inference
 from pullback_wire.v1 import gradient_service_pb2 as gradient
 from pullback_wire.v1 import session_service_pb2 as session
 
@@ -111,6 +114,19 @@ def job(data: bytes) -> None:
     _crosses(messages.Run(1, found, 0.0, [len(payload) for payload in payloads], None))
     for field in ("inputs[x].shape", "wrt[0]", "tangents[" + (found.inputs[0].name if found.inputs else "") + "]"):
         wire_path(field, found)
+
+
+def infer(data: bytes) -> None:
+    """A request of the Open Inference Protocol, up to the bytes that go to a worker."""
+    request, payloads = read(take_apart(data), 64 << 20)
+    assert len(payloads) == len(request.inputs)
+    ours, asked = translate(request, _models.find(request.model_name.partition("@")[0], request.model_version))
+    try:
+        found = _translator.job(ours, payloads)
+    except Fault as fault:
+        assert in_their_words(fault, asked.places).reason is fault.reason
+        raise
+    _crosses(messages.Run(1, found, 0.0, [len(payload) for payload in payloads], None))
 
 
 def op(data: bytes) -> None:
@@ -218,6 +234,7 @@ TARGETS: Mapping[str, Target] = {
     "framing": Target(framing, (WireError,), _chosen(REQUESTS)),
     "codec": Target(codec, (WireError,), _one(gradient.EvaluateRequest)),
     "job": Target(job, (WireError, Fault), _chosen(_GRADIENT)),
+    "infer": Target(infer, (WireError, Fault), _one(inference.ModelInferRequest)),
     "op": Target(op, (WireError, Fault), _one(session.SessionRequest)),
     "upload": Target(upload, (Fault, LoadError), mutating.safetensors),
     "token": Target(token_target.verify, (Fault,), token_target.mutate),
@@ -241,6 +258,8 @@ def seeds(name: str, unary: Mapping[str, Sequence[bytes]], sessions: Sequence[Se
             tensors = [writer.add("x", np.zeros((2, 3), dtype)), writer.add("y", np.zeros((), dtype))]
             found.append(encode_message(gradient.EvaluateRequest(inputs=tensors), writer.payloads))
         return found
+    if name == "infer":
+        return _inferences()
     if name == "op":
         return [frame for frames in sessions for frame in frames if len(frame) < 1 << 16]
     if name == "upload":
@@ -259,3 +278,22 @@ def seeds(name: str, unary: Mapping[str, Sequence[bytes]], sessions: Sequence[Se
             for body in (messages.encode(run), done)
         ]
     return [b"", "ein Sätzchen\0\U0001f4a5".encode() * 50]
+
+
+def _inferences() -> list[bytes]:
+    import numpy as np
+    from tests.inference_wire import infer as asked
+
+    x, ids = np.arange(6.0).reshape(2, 3), np.array([[1, 2, 3]])
+    options: dict[str, Any] = {"loss": "cross_entropy", "loss:label_smoothing": 0.1, "wrt": "input,*", "seed": 3}
+    return [
+        asked(model, inputs, raw=raw, outputs=outputs, parameters=parameters, id="1").SerializeToString()
+        for raw in (True, False)
+        for model, inputs, outputs, parameters in (
+            ("cube", {"x": x}, (), {}),
+            ("words", {"ids": ids}, ("output",), {"priority": 1, "timeout": 1000}),
+            ("cube@vjp", {"x": x, "grad_output:output": x}, ("grad:x",), {"max_norm": 1.0}),
+            ("mixed@hvp", {"x": x[0], "y": x[1], "tangent:y": x[0]}, (), {"allow_unused": True}),
+            ("small", {"input": x, "target": ids[0, :2]}, (), {"pullback_vjp": True, **options}),
+        )
+    ]

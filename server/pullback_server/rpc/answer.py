@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from pullback_server.fleet.seam import Buffer
 from pullback_server.job import BlockRef, GradRef, Kind, Outcome, TensorRef, split_id
-from pullback_wire import encode
+from pullback_wire import PAYLOADS_FIELD, encode
 from pullback_wire.v1 import gradient_service_pb2 as pb
 from pullback_wire.v1 import tensor_pb2
 
@@ -20,12 +20,12 @@ from pullback_wire.v1 import tensor_pb2
 _JOIN_ASIDE = 1 << 20
 
 
-async def join(header: bytes, payloads: Sequence[Buffer], executor: Executor) -> bytes:
-    """A message and its payloads in one."""
+async def join(header: bytes, payloads: Sequence[Buffer], executor: Executor, field: int = PAYLOADS_FIELD) -> bytes:
+    """A message and its payloads in one. field: number of theirs."""
     if sum(len(payload) for payload in payloads) < _JOIN_ASIDE:
-        return encode(header, payloads)
+        return encode(header, payloads, field)
     # Not cancelled half-way: leaving the reply's context gives the memory that is being read back to the worker.
-    joining = asyncio.get_running_loop().run_in_executor(executor, encode, header, payloads)
+    joining = asyncio.get_running_loop().run_in_executor(executor, encode, header, payloads, field)
     try:
         return await asyncio.shield(joining)
     except asyncio.CancelledError:

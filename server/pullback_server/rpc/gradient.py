@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import cast
 
 from pullback_server.faults import Fault
-from pullback_server.job import Kind, Outcome
+from pullback_server.fleet.seam import Buffer
+from pullback_server.job import Outcome
 from pullback_server.rpc.answer import header, join
-from pullback_server.rpc.journal import Computed
+from pullback_server.rpc.computing import Computing
 from pullback_server.rpc.known import KnownRequests
 from pullback_server.rpc.request import Request, Translator, wire_path
 from pullback_server.rpc.security import caller
 from pullback_server.rpc.unary import Call
-from pullback_server.scheduling import Scheduler
-from pullback_server.telemetry import Metrics
 from pullback_wire import Method
 from pullback_wire.framing import parse, split
 
@@ -23,12 +22,11 @@ from pullback_wire.framing import parse, split
 class GradientHandler:
     """Answers a gradient request: decode, check, schedule, encode."""
 
-    def __init__(self, translator: Translator, scheduler: Scheduler, metrics: Metrics, executor: Executor) -> None:
+    def __init__(self, translator: Translator, computing: Computing, executor: Executor) -> None:
         self._translator = translator
-        self._scheduler = scheduler
-        self._metrics = metrics
+        self._computing = computing
         self._executor = executor
-        self._known = KnownRequests()
+        self._known: KnownRequests[None] = KnownRequests()
 
     async def __call__(self, method: Method, data: bytes, call: Call) -> bytes:
         """Raises Fault or WireError."""
@@ -47,39 +45,13 @@ class GradientHandler:
             caller().need_model(function.model, "function.model")
             job = self._translator.job(request, payloads)
             signature = self._translator.signature(function.model, function.version)
-            self._known.add(method.name, asked, payloads, job, function.model, function.version, signature)
-        decoded = time.monotonic()
+            self._known.add(method.name, asked, payloads, job, function.model, function.version, signature, None)
+
+        async def encode(outcome: Outcome, results: Sequence[Buffer]) -> bytes:
+            return await join(header(job.kind, outcome, job.version), results, self._executor)
+
         try:
-            scheduled = await self._scheduler.submit(job, payloads, call.deadline, call.origin)
+            return await self._computing(job, payloads, signature, call, encode)
         except Fault as fault:
             fault.field = wire_path(fault.field, job)
             raise
-        with scheduled.reply as reply:
-            kind: Kind = job.kind
-            outcome, timings = cast(Outcome, reply.outcome), reply.timings
-            answered = time.monotonic()
-            answer = await join(header(kind, outcome, job.version), reply.payloads, self._executor)
-            stages = {
-                "decode": decoded - call.began,
-                "queue": scheduled.queued,
-                "transfer": timings["transfer"],
-                "forward": timings.get("forward", 0.0),
-                "backward": timings.get("backward", 0.0),
-                "encode": time.monotonic() - answered,
-            }
-            call.computed = Computed(
-                job.version,
-                stages,
-                decoded,
-                timings,
-                scheduled.worker,
-                scheduled.rows,
-                scheduled.batch,
-                outcome.device_memory,
-            )
-            # The others take place in every call, however short they are.
-            passed = stages if "backward" in timings else {name: stages[name] for name in stages if name != "backward"}
-            self._metrics.stages(job.model, passed, call.trace_id)
-            if outcome.health is not None:
-                self._metrics.health(job.model, outcome.health, signature.health, call.trace_id)
-        return answer

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from pullback_server.rpc.decoding import Decoding
+from pullback_wire.inference import INFERENCE_SERVICE
 
 _STATES = health_pb2.HealthCheckResponse
 #: Whether the event loop runs: whoever answers does. Whether calls should come here.
@@ -27,7 +28,7 @@ def is_open(name: str) -> bool:
 
     A model that is called so has no health of its own: it must not pass for the server's.
     """
-    return name in ("", LIVENESS, READINESS) or name.startswith(_SERVICES)
+    return name in ("", LIVENESS, READINESS, INFERENCE_SERVICE) or name.startswith(_SERVICES)
 
 
 class _Health(HealthServicer):  # type: ignore[misc]
@@ -70,6 +71,11 @@ class Probes:
         self.port = bound(self._server, host, port, None)
         await self._server.start()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether calls should come here, and a worker could compute one."""
+        return self._ready and self._computing
+
     async def ready(self, ready: bool) -> None:
         """Sets whether calls are taken here."""
         self._ready = ready
@@ -82,8 +88,7 @@ class Probes:
             await self._tell()
 
     async def _tell(self) -> None:
-        ready = self._ready and self._computing
-        await self.servicer.set(READINESS, _STATES.SERVING if ready else _STATES.NOT_SERVING)
+        await self.servicer.set(READINESS, _STATES.SERVING if self.is_ready else _STATES.NOT_SERVING)
 
     async def close(self) -> None:
         """Stops answering. Doing so twice is harmless."""

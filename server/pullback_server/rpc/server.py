@@ -15,9 +15,11 @@ from grpc_reflection.v1alpha import reflection
 from pullback_server.fleet.seam import Fleet
 from pullback_server.registry import Curator, UploadStore
 from pullback_server.rpc.catalogue import Catalogue
+from pullback_server.rpc.computing import Computing
 from pullback_server.rpc.decoding import Decoding
 from pullback_server.rpc.gradient import GradientHandler
 from pullback_server.rpc.graphs import Graphs
+from pullback_server.rpc.inference import Descriptors, InferHandler, MetadataHandler, Streams, handlers
 from pullback_server.rpc.journal import Journal
 from pullback_server.rpc.models import ModelHandler
 from pullback_server.rpc.probes import Probes, bound, is_open
@@ -32,6 +34,7 @@ from pullback_server.scheduling import Scheduler
 from pullback_server.telemetry import Metrics
 from pullback_server.telemetry.tracing import Tracing
 from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Method
+from pullback_wire.inference import INFERENCE_SERVICE
 
 #: Room for a response's names and shapes besides its payloads.
 _DESCRIPTIONS = 4 << 20
@@ -97,7 +100,8 @@ class Front:
         unary = Unary(metrics, journal, options.max_call_seconds)
         limits = ResultLimits(options.max_message_bytes, options.max_cotangents)
         translator = Translator(self._catalogue, limits)
-        gradients = GradientHandler(translator, scheduler, metrics, self._executor)
+        computing = Computing(scheduler, metrics)
+        gradients = GradientHandler(translator, computing, self._executor)
         by_certificate = certificates is not None and certificates.client_certificates
         gate = Gate(access, by_certificate, options.max_metadata_bytes, journal.refused)
         self._server = grpc.aio.server(interceptors=[Decoding(), gate], options=_channel_options(options))
@@ -116,10 +120,15 @@ class Front:
         )
         self._models = ModelHandler(self._catalogue, curator, Graphs(self._catalogue, scheduler))
         self._uploading = UploadHandler(self._catalogue, curator, uploads, metrics, journal)
+        infer = InferHandler(self._catalogue, translator, computing, self._executor, options.max_message_bytes)
+        self._streams = Streams(infer, unary, metrics)
+        inference = handlers(unary, infer, MetadataHandler(self._catalogue), self._streams, probes)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE_SERVICE, inference),))
         self._services = [
             self._add(unary, GRADIENT_METHODS.values(), gradients),
             SESSION_SERVICE,
             self._add(unary, MODEL_METHODS.values(), self._models, UploadWeights=self._uploading.method_handler()),
+            INFERENCE_SERVICE,
         ]
         self._table = curator.table
         #: Models whose health says that they are served.
@@ -130,7 +139,7 @@ class Front:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         if options.reflection:
-            reflection.enable_server_reflection(names, self._server)
+            reflection.enable_server_reflection(names, self._server, pool=Descriptors())
         self.port = 0
         self._serving = False
 
@@ -196,6 +205,7 @@ class Front:
         May be called again, with less grace, when the one before was cancelled.
         """
         await self.drain(grace)
+        self._streams.stop()
         await self._server.stop(grace)
         for task in self._following:
             task.cancel()

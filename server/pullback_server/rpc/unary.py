@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
 from pullback_server.faults import Fault
 from pullback_server.rpc import status
-from pullback_server.rpc.journal import Computed, Journal
-from pullback_server.rpc.origin import origin_of, told
+from pullback_server.rpc.journal import Computed, Entry, Journal
+from pullback_server.rpc.origin import Told, origin_of, told
 from pullback_server.scheduling import NOBODY, Origin
 from pullback_server.telemetry import Metrics
 from pullback_wire import Method
@@ -37,6 +38,16 @@ class Call:
     computed: Computed | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a request came to: a result, or a fault."""
+
+    entry: Entry
+    result: bytes
+    fault: Fault | None
+    computed: Computed | None
+
+
 Handler = Callable[[Method, bytes, Call], Awaitable[bytes]]
 
 
@@ -53,17 +64,32 @@ class Unary:
 
     def method_handler(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler:
         """The gRPC handler of one method. No (de)serialisers: one that raises would reach the caller as UNKNOWN."""
+        answering = self.answering(method, handler)
+        sent = self._metrics.sent_bytes.labels(method.name)
+
+        async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            found = await answering(data, context, told(context))
+            if found.fault is not None:
+                await found.entry.abort(context, found.fault)
+            context.set_trailing_metadata(found.entry.trailers(found.computed))
+            sent.inc(len(found.result))
+            return found.result
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    def answering(
+        self, method: Method, handler: Handler
+    ) -> Callable[[bytes, grpc.aio.ServicerContext, Told], Coroutine[Any, Any, Answered]]:
+        """Answers one request of a method, given the metadata of its call, but leaves it to others to send that."""
         metrics, name = self._metrics, method.name
         in_flight = metrics.in_flight.labels(name)
         received = metrics.received_bytes.labels(name)
-        sent = metrics.sent_bytes.labels(name)
 
-        async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def answer(data: bytes, context: grpc.aio.ServicerContext, metadata: Told) -> Answered:
             began = time.monotonic()
             received.inc(len(data))
             # What it stays if the caller goes away, which arrives here as CancelledError.
             code = grpc.StatusCode.CANCELLED
-            metadata = told(context)
             entry = self._journal.open(method.service, name, metadata, began)
             in_flight.inc()
             call = Call(began + self._seconds(context), began=began, trace_id=entry.sampled_trace)
@@ -91,13 +117,9 @@ class Unary:
                     sent=len(result),
                     computed=call.computed,
                 )
-            if fault is not None:
-                await entry.abort(context, fault)
-            context.set_trailing_metadata(entry.trailers(call.computed))
-            sent.inc(len(result))
-            return result
+            return Answered(entry, result, fault, call.computed)
 
-        return grpc.unary_unary_rpc_method_handler(answer)
+        return answer
 
     def _seconds(self, context: grpc.aio.ServicerContext) -> float:
         remaining = context.time_remaining()

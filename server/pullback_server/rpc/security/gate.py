@@ -19,10 +19,13 @@ from pullback_server.rpc.security.callers import Caller, Credentials, enter
 from pullback_server.rpc.security.principals import Right
 from pullback_server.rpc.security.quotas import Bucket
 from pullback_wire import GRADIENT_METHODS, MODEL_METHODS, SESSION_SERVICE, Reason
+from pullback_wire.inference import INFERENCE_METHODS, STREAM_INFER
 
 logger = logging.getLogger(__name__)
 
 _CHECK, _WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+#: Probes of another protocol, which tell nothing of models either.
+OPEN = frozenset(INFERENCE_METHODS[name].path for name in ("ServerLive", "ServerReady"))
 #: What each key of metadata costs besides its characters, as HTTP/2 counts.
 _OF_EACH = 32
 #: Characters of a method's name that the log repeats, for it is whatever a caller writes.
@@ -43,6 +46,9 @@ NEEDED: dict[str, tuple[Right, ...]] = {
     **{method.path: _MODELS[method.name] for method in MODEL_METHODS.values()},
     f"/{next(iter(MODEL_METHODS.values())).service}/UploadWeights": ("upload",),
     f"/{SESSION_SERVICE}/Session": ("session",),
+    **{method.path: _READING for method in INFERENCE_METHODS.values() if method.path not in OPEN},
+    INFERENCE_METHODS["ModelInfer"].path: ("call",),
+    STREAM_INFER.path: ("call",),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY,
 }
 #: Raises Fault, or else has entered the caller, whom it returns where quotas count. Given a request and its context.
@@ -79,6 +85,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             credentials = _credentials(details.invocation_metadata)
             if handler is not None and method in (_CHECK, _WATCH):
                 return self._wrapped(handler, self._of_health(credentials), method)
+            if handler is not None and method in OPEN:
+                return self._wrapped(handler, lambda request, context: None, method)
             before = self._of_call(method, credentials)
             if handler is None or method not in NEEDED:
                 # Said only to those who may know what there is.
