@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo test test-clients test-big lint format proto bench peers soak deploy-check clean
+.PHONY: help demo serve-examples test test-clients test-big lint format proto bench peers soak conformance deploy-check clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -18,7 +18,20 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Train a digit classifier through a server, in under two minutes; writes out/demo.png
 	$(BIN)/python examples/digits_demo.py
 
-test: $(READY) ## The whole quick suite
+serve-examples: $(READY) ## Every model of examples/models on localhost:8470: what the gallery (docs/gallery.md) runs against
+	$(BIN)/pullback-server serve --threads 1 --repository examples/models examples/models/*.py
+
+# Triton's client needs an older protobuf than ours, and its descriptors have the names of some of ours.
+.venv-triton/.ready:
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install -q --disable-pip-version-check 'tritonclient[grpc]==2.73.0'
+	touch $@
+
+# Where there is no npm, the test of the client in JavaScript is skipped.
+examples/node/node_modules/.ready: examples/node/package-lock.json
+	if command -v npm > /dev/null; then cd examples/node && npm ci --no-audit --no-fund --loglevel=error --ignore-scripts && touch node_modules/.ready; fi
+
+test: $(READY) .venv-triton/.ready examples/node/node_modules/.ready ## The whole quick suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not big and not slow and not gpu" --ignore tests/deploy
 
 test-clients: $(READY) ## Client and wire tests in clean environments without torch, on protobuf 6 and 7
@@ -60,8 +73,11 @@ peers: $(READY) ## The same VJP on Pullback and its peers, each in an environmen
 deploy-check: $(READY) .venv-deploy/.ready ## Everything in deploy/ against kustomize, schemas, promtool, hadolint and checkov
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/deploy
 
+conformance: $(READY) ## Checks that the server at TARGET keeps the contract, e.g. make conformance TARGET=localhost:8470
+	$(BIN)/python -m pullback.conformance $(TARGET)
+
 soak: $(READY) ## Minutes of overload, floods and killed workers; prints figures, fails where one is not met
 	$(BIN)/python benchmarks/soak.py
 
 clean: ## Remove environments, caches and outputs
-	rm -rf $(VENV) .venv-* out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* out examples/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
