@@ -163,3 +163,25 @@ def skewed(x: torch.Tensor) -> torch.Tensor:
     """Its second derivative is proven, and is not symmetric."""
     found: torch.Tensor = Skewed.apply(x)
     return found
+
+
+class Crooked(torch.autograd.Function):
+    """Rows of 3 to rows of 2, with a matrix for its Jacobian that is the derivative of nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.stack([x[..., 0] * x[..., 1], x[..., 2].sin()], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        rows = torch.stack([x.cos() @ torch.tensor(SKEW), x * x.roll(1, -1) ** 2], -2)
+        return (gradient[..., None] * rows).sum(-2)
+
+
+@model("crooked", inputs={"x": spec(F64, ["batch", 3])}, batch_axis=0, intended={"gradient": "a matrix of no function"})
+def crooked(x: torch.Tensor) -> torch.Tensor:
+    """Its second derivative is proven, and is not symmetric; rows are independent."""
+    found: torch.Tensor = Crooked.apply(x)
+    return found

@@ -14,20 +14,22 @@ class TensorInfo:
     """What a tensor of a model's signature looks like; str() gives "x: float32[batch, 784]".
 
     dtype: torch's name of it; None: any that the model's code takes.
-    shape: extents; a str is a free extent with a name, and equal names mean equal extents in one call; None: any shape.
+    shape: extents; a str is a free extent with a name, and equal names mean equal extents in one call; None: a free one
+        of which nothing more is known. Instead of the tuple None: any shape. Shapes of outputs are what the server saw of
+        a few samples in eval mode when it loaded the model.
     optional: the input may be left out.
     minimum, maximum: inclusive bounds of the elements, which the server checks.
     """
 
     name: str
     dtype: str | None
-    shape: tuple[int | str, ...] | None
+    shape: tuple[int | str | None, ...] | None
     optional: bool = False
     minimum: float | None = None
     maximum: float | None = None
 
     def __str__(self) -> str:
-        shape = "[...]" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
+        shape = "[...]" if self.shape is None else f"[{', '.join('?' if e is None else str(e) for e in self.shape)}]"
         text = f"{self.name}: {self.dtype or 'any'}{shape}"
         if self.minimum is not None or self.maximum is not None:
             low = "" if self.minimum is None else f"{self.minimum:g}"
@@ -227,15 +229,24 @@ def _outcome(number: int) -> str:
 
 
 def _tensor_info(spec: tensor_pb2.TensorSpec) -> TensorInfo:
-    shape = tuple(dim.symbol if dim.WhichOneof("extent") == "symbol" else dim.size for dim in spec.shape)
     return TensorInfo(
         name=spec.name,
         dtype=dtype_name(spec.dtype) if spec.dtype else None,
-        shape=None if spec.any_shape else shape,
+        shape=None if spec.any_shape else tuple(map(_extent, spec.shape)),
         optional=spec.optional,
         minimum=spec.minimum if spec.HasField("minimum") else None,
         maximum=spec.maximum if spec.HasField("maximum") else None,
     )
+
+
+def _extent(dim: tensor_pb2.Dim) -> int | str | None:
+    match dim.WhichOneof("extent"):
+        case "symbol":
+            return dim.symbol
+        case "size":
+            return dim.size
+        case _:
+            return None
 
 
 def _loss_info(message: pb.LossSignature) -> LossInfo:

@@ -213,7 +213,10 @@ class BatchOutcome(msgspec.Struct, array_like=True, tag="batch_outcome"):
 
 
 class SpecRecord(msgspec.Struct, array_like=True, frozen=True):
-    """What a tensor of a signature looks like. dtype 0: any. shape None: any; a str in it is a named free extent."""
+    """What a tensor of a signature looks like. dtype 0: any. shape None: any; a str in it is a named free extent.
+
+    In the shape of an output "" is a free extent of which nothing more is known.
+    """
 
     name: str
     dtype: int = 0

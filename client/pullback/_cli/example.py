@@ -36,7 +36,7 @@ def _value(one: TensorInfo) -> str:
     if one.dtype is None or one.shape is None:
         return f"@{one.name}.npy"
     dtype = tensor_dtype(one.dtype)
-    shape = tuple(_FREE if isinstance(extent, str) else extent for extent in one.shape)
+    shape = tuple(extent if isinstance(extent, int) else _FREE for extent in one.shape)
     if int(np.prod(shape)) > _WRITTEN:
         return f"@{one.name}.npy"
     if wire_dtype(dtype) not in FLOATING | COMPLEX:

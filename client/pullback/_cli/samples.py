@@ -43,7 +43,7 @@ def inputs(
         if shape is None:
             if one.shape is None:
                 raise ValueError(f"input {name!r}: the signature says no shape; give --shape {name}=..., or --input")
-            shape = tuple(free.get(extent, 1) if isinstance(extent, str) else extent for extent in one.shape)
+            shape = tuple(extent if isinstance(extent, int) else free.get(extent or "", 1) for extent in one.shape)
         found[name] = _array(shape, kind, one, random)
     return found
 

@@ -119,8 +119,9 @@ def _fits(spec: tensor_pb2.TensorSpec, array: np.ndarray, extents: dict[str, int
         return
     expect_equal(array.ndim, len(spec.shape), f"axes of {what} {spec.name!r}:")
     for axis, (dim, extent) in enumerate(zip(spec.shape, array.shape, strict=True)):
-        fixed = dim.size if dim.WhichOneof("extent") == "size" else extents.setdefault(dim.symbol, extent)
-        expect_equal(extent, fixed, f"extent of axis {axis} of {what} {spec.name!r}:")
+        if kind := dim.WhichOneof("extent"):
+            fixed = dim.size if kind == "size" else extents.setdefault(dim.symbol, extent)
+            expect_equal(extent, fixed, f"extent of axis {axis} of {what} {spec.name!r}:")
 
 
 @of_model(

@@ -388,7 +388,9 @@ class Model(google.protobuf.message.Message):
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.TensorSpec]:
-        """Outputs, where declared or learned at load; may be empty."""
+        """Outputs, where declared or learned at load; may be empty. Shapes are learned: they say what the server saw at load of
+        samples in eval mode, in terms of the inputs' free extents, and no result is refused for having another one.
+        """
 
     @property
     def parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pullback_wire.v1.tensor_pb2.TensorSpec]:

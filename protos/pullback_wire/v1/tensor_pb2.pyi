@@ -174,7 +174,9 @@ class TensorSpec(google.protobuf.message.Message):
     dtype: Global___Dtype.ValueType
     """Required element type; DTYPE_UNSPECIFIED: any that the model's code accepts."""
     any_shape: builtins.bool
-    """True when the operator declared no shape: rank and extents are not checked before the model runs."""
+    """True when the operator declared no shape: rank and extents are not checked before the model runs. Of an output: its
+    shape is not known.
+    """
     optional: builtins.bool
     """True for an input that may be left out (the model's code has a default for it)."""
     minimum: builtins.float

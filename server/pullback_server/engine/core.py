@@ -21,6 +21,7 @@ from pullback_server.engine.graph import graph
 from pullback_server.engine.guards import Ambience
 from pullback_server.engine.hosted import HostedModel, build
 from pullback_server.engine.merged import Refused, mergeable, padded, together
+from pullback_server.engine.output_shapes import learn_shapes
 from pullback_server.engine.pieces import InOne, in_pieces, pieceable
 from pullback_server.engine.probe import probe
 from pullback_server.engine.results import EngineResult, Results, share_out
@@ -144,8 +145,10 @@ class Engine:
         with Ambience():
             hosted = build(registration, self.device)
             if verdict is None:
-                pass_gate(hosted, compute, probe(hosted, compute))
+                ground = probe(hosted, compute)
+                pass_gate(hosted, compute, ground)
                 pass_rows(hosted, compute)
+                learn_shapes(hosted, ground)
             else:
                 adopt(hosted, verdict, compute)
             make_plan(hosted)

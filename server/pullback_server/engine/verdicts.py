@@ -47,6 +47,7 @@ def adopt(hosted: HostedModel, verdict: Verdict, compute: Compute) -> None:
     if not verdict.probe_again:
         return
     probe(hosted, compute)
+    hosted.outputs = verdict.outputs
     if hosted.proven:
         hosted.orders = verdict.orders
     hosted.honest = hosted.honest and verdict.honest

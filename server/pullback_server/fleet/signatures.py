@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pullback_server.fleet.seam import StartError
-from pullback_server.job import BatchRecord, OrdersRecord, Signature
+from pullback_server.job import BatchRecord, OrdersRecord, Signature, SpecRecord
 
 Signatures = dict[str, dict[str, Signature]]
 
@@ -49,6 +49,7 @@ def _essence(signature: Signature) -> Signature:
     return msgspec.structs.replace(
         signature,
         device="",
+        outputs=[SpecRecord(output.name) for output in signature.outputs],
         orders=OrdersRecord(0, False, ""),
         batch=BatchRecord(),
         plan="",
@@ -64,6 +65,12 @@ def _weaker(one: Signature, other: Signature) -> Signature:
     least = min(one.orders, other.orders, key=reach)
     orders = OrdersRecord(least.reverse, one.orders.forward and other.orders.forward, least.evidence)
     batch = min(one.batch, other.batch, key=lambda record: record.max_rows)
-    if orders == one.orders and batch == one.batch:
-        return one
-    return msgspec.structs.replace(one, orders=orders, batch=batch)
+    outputs = [_less(mine, theirs) for mine, theirs in zip(one.outputs, other.outputs, strict=True)]
+    return msgspec.structs.replace(one, orders=orders, batch=batch, outputs=outputs)
+
+
+def _less(one: SpecRecord, other: SpecRecord) -> SpecRecord:
+    """What both say of an output: how much could be learned of it may depend on the time that it took."""
+    return SpecRecord(
+        one.name, one.dtype if one.dtype == other.dtype else 0, one.shape if one.shape == other.shape else None
+    )

@@ -43,7 +43,10 @@ class TensorSpec:
         if self.dtype is not None:
             dtype_number(self.dtype)
         for extent in self.shape or ():
-            if not isinstance(extent, str) and (isinstance(extent, bool) or not isinstance(extent, int) or extent < 0):
+            if isinstance(extent, str):
+                if not extent:
+                    raise ValueError("a free extent in a shape has a name, which cannot be empty")
+            elif isinstance(extent, bool) or not isinstance(extent, int) or extent < 0:
                 raise ValueError(f"a shape holds extents (0 or more) and names of free extents, not {extent!r}")
 
 

@@ -227,16 +227,18 @@ def _check(check: CheckRecord) -> pb.Check:
 
 
 def _spec(spec: SpecRecord) -> tensor_pb2.TensorSpec:
-    dims = [
-        tensor_pb2.Dim(symbol=extent) if isinstance(extent, str) else tensor_pb2.Dim(size=extent)
-        for extent in spec.shape or ()
-    ]
     return tensor_pb2.TensorSpec(
         name=spec.name,
         dtype=spec.dtype,  # type: ignore[arg-type]
-        shape=dims,
+        shape=[_dim(extent) for extent in spec.shape or ()],
         any_shape=spec.shape is None,
         optional=spec.optional,
         minimum=spec.minimum,
         maximum=spec.maximum,
     )
+
+
+def _dim(extent: int | str) -> tensor_pb2.Dim:
+    if isinstance(extent, int):
+        return tensor_pb2.Dim(size=extent)
+    return tensor_pb2.Dim(symbol=extent) if extent else tensor_pb2.Dim()

@@ -29,6 +29,7 @@ class Kept:
         number = view.signature.version
         view = self._views.setdefault((name, number), view)
         self._views[name, version] = view
+        caller().models.add(name)
         key = (name, view.signature.id)
         if key not in self._held:
             self._held.add(key)

@@ -60,7 +60,7 @@ class Unary:
     def __init__(self, metrics: Metrics, journal: Journal, longest: float) -> None:
         self._metrics = metrics
         self._journal = journal
-        self._longest = longest
+        self.longest = longest
 
     def method_handler(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler:
         """The gRPC handler of one method. No (de)serialisers: one that raises would reach the caller as UNKNOWN."""
@@ -104,6 +104,8 @@ class Unary:
                 raise
             except Exception as error:
                 fault = status.fault_of(error, method.path)
+                # Else it keeps this frame, which keeps it, and with them the request until the collector comes by.
+                fault.__traceback__ = fault.__context__ = fault.__cause__ = None
                 code = status.grpc_code(fault.reason)
             finally:
                 # Before the answer is on its way, so that whoever has it finds it counted.
@@ -123,4 +125,4 @@ class Unary:
 
     def _seconds(self, context: grpc.aio.ServicerContext) -> float:
         remaining = context.time_remaining()
-        return self._longest if remaining is None else min(max(remaining, 0.0), self._longest)
+        return self.longest if remaining is None else min(max(remaining, 0.0), self.longest)

@@ -18,7 +18,7 @@ RAW = 6
 
 def check_outputs(asked: Asked, job: Job) -> None:
     """Raises Fault (BAD_NAME) for a derivative that is wanted and will not be computed."""
-    labels = [wrt.label for wrt in job.wrt]
+    labels = {wrt.label: None for wrt in job.wrt}
     for prefix in (GRAD, HVP) if asked.transform else ():
         for name in asked.outputs:
             if name.startswith(prefix) and name.removeprefix(prefix) not in labels:

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from pullback_wire import WireError, element_count, numpy_dtype
 from pullback_wire.codec import bytes_view
 from pullback_wire.dtypes import ITEM_SIZES
-from pullback_wire.framing import MAX_DESCRIPTION, MAX_FIELDS, parse, walk
+from pullback_wire.framing import MAX_DESCRIPTION, parse, walk
 from pullback_wire.inference import DATATYPES
 from pullback_wire.inference import open_inference_pb2 as pb
 
@@ -28,6 +28,8 @@ _FIELDS = {
 _NAMES = {field.number: field.name for field in pb.InferTensorContents.DESCRIPTOR.fields}
 #: What protobuf makes of a varint, before it is one of fewer bits.
 _WIDE = {1: np.dtype(bool), 2: np.dtype("<i4"), 3: np.dtype("<i8"), 4: np.dtype("<u4"), 5: np.dtype("<u8")}
+#: Fields of a request: fewer than ours may have, for each input, output and parameter costs more here.
+_MOST_FIELDS = 1 << 14
 #: With typed contents: inputs of one request, fields of one input, and of its contents (each a run of elements).
 _MOST_INPUTS, _MOST_ABOUT, _MOST_RUNS = 1024, 128, 1024
 #: Bytes of varints that become numbers at once: they take thirty times as much while they do.
@@ -59,7 +61,7 @@ def take_apart(data: bytes) -> Parts:
     # With the inputs, and without.
     rest: list[memoryview] = []
     apart: list[memoryview] = []
-    for number, start, body, at in walk(data, MAX_FIELDS):
+    for number, start, body, at in walk(data, _MOST_FIELDS):
         if number == _RAW and body >= 0:
             if at > end:
                 raise WireError(

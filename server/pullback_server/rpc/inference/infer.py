@@ -20,6 +20,7 @@ from pullback_server.rpc.inference.translating import Asked, in_their_words, tra
 from pullback_server.rpc.known import KnownRequests
 from pullback_server.rpc.request import Translator, wire_path
 from pullback_server.rpc.security import caller
+from pullback_server.rpc.signature import SignatureView
 from pullback_server.rpc.unary import Call
 from pullback_server.scheduling import Origin
 from pullback_wire import Method, WireError
@@ -56,10 +57,10 @@ class InferHandler:
         known = self._known.find("", parts.header, parts.raw) if parts.raw else None
         if known is not None:
             # As in GradientHandler.
-            caller().need_model(known.model, "model_name")
-        if known is not None and self._catalogue.find(known.model, known.version).signature is known.signature:
-            job, signature, asked, payloads = known.job, known.signature, known.more, parts.raw
             call.model = known.model
+            caller().need_model(known.model, "model_name")
+        if known is not None and self._view(known.model, known.version).signature is known.signature:
+            job, signature, asked, payloads = known.job, known.signature, known.more, parts.raw
         else:
             request, payloads = await self._read(parts)
             call.model = split_name(request.model_name)[0]
@@ -92,13 +93,16 @@ class InferHandler:
             return read(parts, self._most)
         return await asyncio.get_running_loop().run_in_executor(self._executor, read, parts, self._most)
 
+    def _view(self, model: str, version: str) -> SignatureView:
+        try:
+            return self._catalogue.find(model, version, "function.")
+        except Fault as fault:
+            raise in_their_words(fault) from None
+
     def _translated(
         self, request: pb.ModelInferRequest, payloads: Sequence[memoryview]
     ) -> tuple[Job, Signature, Asked]:
-        try:
-            view = self._catalogue.find(split_name(request.model_name)[0], request.model_version, "function.")
-        except Fault as fault:
-            raise in_their_words(fault, {}) from None
+        view = self._view(split_name(request.model_name)[0], request.model_version)
         ours, asked = translate(request, view)
         try:
             job = self._translator.job(ours, payloads)
@@ -109,7 +113,7 @@ class InferHandler:
 
 
 def _theirs(fault: Fault, asked: Asked) -> Fault:
-    return in_their_words(fault, asked.places)
+    return in_their_words(fault, asked.places, "outputs" if asked.wrt_by_outputs else "parameters[wrt]")
 
 
 def id_in(data: bytes) -> str:

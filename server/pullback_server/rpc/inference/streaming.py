@@ -23,6 +23,8 @@ from pullback_wire.inference import open_inference_pb2 as pb
 _AT_ONCE = 16
 #: Metadata key with which a client wants the first failure to end the stream, as its status.
 _STRICT = "triton_grpc_error"
+#: Characters of an id, as `id_of` has it.
+_LONGEST_ID = 128
 
 
 class Streams:
@@ -31,6 +33,8 @@ class Streams:
     def __init__(self, handler: InferHandler, unary: Unary, metrics: Metrics) -> None:
         self._handler = handler
         self._answering = unary.answering(STREAM_INFER, self._answer)
+        #: Seconds in which an answer must have been read, by a client that still is there.
+        self._patience = unary.longest
         self._sent = metrics.sent_bytes.labels(STREAM_INFER.name)
         self._stopping = asyncio.Event()
 
@@ -49,9 +53,11 @@ class Streams:
 
     async def _serve(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         metadata = told(context)
+        id, fault = id_of(metadata)
+        if fault is not None:
+            await refuse(context, fault)
         answers: asyncio.Queue[tuple[bytes, asyncio.Task[Answered]] | None] = asyncio.Queue(_AT_ONCE)
-        reading = asyncio.create_task(self._read(context, metadata, answers))
-        fault: Fault | None = None
+        reading = asyncio.create_task(self._read(context, metadata, id, answers))
         try:
             while (found := await answers.get()) is not None:
                 data, task = found
@@ -62,6 +68,9 @@ class Streams:
                 await self._send(context, data, answered)
             else:
                 fault = await reading
+        except grpc.aio.InternalError:
+            # The connection is gone, and with it whoever could be told.
+            pass
         except Exception as error:
             fault = status.fault_of(error, "a stream")
         finally:
@@ -83,7 +92,13 @@ class Streams:
                 error_message=message, infer_response=pb.ModelInferResponse(id=id_in(data))
             )
             result = failed.SerializeToString()
-        await context.write(result)
+        try:
+            async with asyncio.timeout(self._patience):
+                await context.write(result)
+        except TimeoutError:
+            raise Fault(
+                Reason.DEADLINE_EXCEEDED, f"the client has not read what it is sent for {self._patience:g} s"
+            ) from None
         caller().usage.sent(len(result))
         self._sent.inc(len(result))
 
@@ -91,10 +106,10 @@ class Streams:
         self,
         context: grpc.aio.ServicerContext,
         metadata: Told,
+        id: str,
         answers: asyncio.Queue[tuple[bytes, asyncio.Task[Answered]] | None],
     ) -> Fault | None:
         """Begins what comes. Why there will be no more: None where the client has ended it."""
-        id, _ = id_of(metadata)
         stopping = asyncio.create_task(self._stopping.wait())
         number = 0
         fault: Fault | None = None
@@ -117,17 +132,29 @@ class Streams:
                     fault = lost
                     break
                 number += 1
-                own = metadata if REQUEST_ID_KEY not in metadata else {**metadata, REQUEST_ID_KEY: f"{id}/{number}"}
+                own = (
+                    metadata if REQUEST_ID_KEY not in metadata else {**metadata, REQUEST_ID_KEY: _numbered(id, number)}
+                )
                 task = asyncio.create_task(self._answering(data, context, own))
                 try:
                     await answers.put((data, task))
                 except asyncio.CancelledError:
                     task.cancel()
                     raise
+        except Exception:
+            # Whoever waits for answers learns of it when it asks how reading went.
+            await answers.put(None)
+            raise
         finally:
             stopping.cancel()
         await answers.put(None)
         return fault
+
+
+def _numbered(id: str, number: int) -> str:
+    """The id of a stream's request, no longer than one may be."""
+    end = f"/{number}"
+    return id[: _LONGEST_ID - len(end)] + end
 
 
 def _rest(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pullback_server.faults import Fault
 from pullback_server.rpc.inference.parameters import MARK, Transform, Wishes, split_name, wishes
@@ -37,6 +38,7 @@ class Asked:
 
     name, id: as in the request. transform: the derivative that is computed. outputs: that are wanted, in order; none:
     all. places: of the tensors of our request's fields, their indices among the inputs. seconds, urgent: see Wishes.
+    wrt_by_outputs: the outputs that are wanted say what is differentiated by.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Asked:
     places: Mapping[str, Sequence[int]]
     seconds: float | None
     urgent: bool
+    wrt_by_outputs: bool
 
 
 def translate(request: pb.ModelInferRequest, view: SignatureView) -> tuple[Request, Asked]:
@@ -70,7 +73,9 @@ def translate(request: pb.ModelInferRequest, view: SignatureView) -> tuple[Reque
         tensors[field].append(tensor_pb2.Tensor(name=name, dtype=dtype, shape=given.shape, payload=index))
         places[field].append(index)
     outputs = _outputs(request)
-    about = Asked(request.model_name, request.id, transform, outputs, places, asked.seconds, asked.urgent)
+    derived = [name for name in outputs if name.startswith(_DERIVED[transform])]
+    by_outputs = bool(derived) and asked.wrt is None
+    about = Asked(request.model_name, request.id, transform, outputs, places, asked.seconds, asked.urgent, by_outputs)
     ours: Request = _REQUESTS[transform](
         function=_function(request, asked),
         inputs=tensors["inputs"],
@@ -79,7 +84,6 @@ def translate(request: pb.ModelInferRequest, view: SignatureView) -> tuple[Reque
     )
     if not isinstance(ours, gradient.ComputeVjpRequest | gradient.ComputeHvpRequest):
         return ours, about
-    derived = [name for name in outputs if name.startswith(_DERIVED[transform])]
     ours.results.omit_outputs = bool(outputs) and len(derived) == len(outputs)
     moved = [tensor.name for tensor in tensors["tangents"]]
     ours.wrt.extend(asked.wrt if asked.wrt is not None else _wrt(derived, moved))
@@ -158,14 +162,15 @@ _WORDS = (
     ("function.version", "model_version"),
     ("cotangents_batched", "parameters[is_grads_batched]"),
     ("max_norm", "parameters[max_norm]"),
-    ("wrt", "parameters[wrt]"),
 )
 _FIELDS = {"name": "model_name", "version": "model_version", **dict.fromkeys(PREFIXES.values(), "inputs")}
 _HINTS = {Reason.MISSING_COTANGENT: "; a cotangent is an input called 'grad_output:NAME' here"}
 
 
-def in_their_words(fault: Fault, places: Mapping[str, Sequence[int]]) -> Fault:
-    """A fault of our request, as one of theirs. places: see Asked."""
+def in_their_words(
+    fault: Fault, places: Mapping[str, Sequence[int]] = MappingProxyType({}), wrt: str = "parameters[wrt]"
+) -> Fault:
+    """A fault of our request, as one of theirs. places: see Asked. wrt: where that says what is differentiated by."""
 
     def rename(found: re.Match[str]) -> str:
         where, index = places.get(found[1], ()), int(found[2])
@@ -173,7 +178,7 @@ def in_their_words(fault: Fault, places: Mapping[str, Sequence[int]]) -> Fault:
 
     field, message = _PATH.sub(rename, fault.field), _PATH.sub(rename, fault.message)
     message = _NAMED.sub(lambda found: f"inputs[{_PREFIX_OF[found[1]]}{found[2]}]", message)
-    for ours, theirs in _WORDS:
+    for ours, theirs in (*_WORDS, ("wrt", wrt)):
         if field.startswith(ours):
             field = theirs
         if ours.startswith("function."):

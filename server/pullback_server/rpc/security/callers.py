@@ -60,7 +60,8 @@ class Caller:
         self._principal, self._expires = identity
         self._generation = authority.generation
         self.usage = usage
-        #: Names of the models that it has been let use since it came.
+        #: Models without which what it does, a session say, cannot go on. Of models that there are: a caller could
+        #: name others for ever.
         self.models: set[str] = set()
 
     @property
@@ -112,7 +113,6 @@ class Caller:
             raise self._refused(
                 Reason.PERMISSION_DENIED, f"principal {self.name!r} has no right to a model called {shown!r}", field
             )
-        self.models.add(model)
 
     def _refused(self, reason: Reason, message: str, field: str = "") -> Fault:
         return self._authority.refused(Fault(reason, message, field))

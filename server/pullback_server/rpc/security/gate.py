@@ -24,6 +24,8 @@ from pullback_wire.inference import INFERENCE_METHODS, STREAM_INFER
 logger = logging.getLogger(__name__)
 
 _CHECK, _WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+#: Calls that may last for days: who loses the right to them loses them. A session sees to that itself.
+_LASTING = frozenset((_WATCH, STREAM_INFER.path))
 #: Probes of another protocol, which tell nothing of models either.
 OPEN = frozenset(INFERENCE_METHODS[name].path for name in ("ServerLive", "ServerReady"))
 #: What each key of metadata costs besides its characters, as HTTP/2 counts.
@@ -133,6 +135,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             caller = self._access.admit(credentials._replace(certificate=_certificate(context)))
             caller.need(*_ANY)
             caller.need_model(name, "service")
+            caller.models.add(name)
             return caller
 
         return before
@@ -163,7 +166,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 caller = await self._let_in(before, request, context, method)
                 work = behaviour(request, context)
-                if caller is not None and method == _WATCH:
+                if caller is not None and method in _LASTING:
                     work = self._while_allowed(work, caller, context)
                 result = await work
                 if caller is not None and isinstance(result, bytes):
@@ -177,7 +180,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     async def _while_allowed(self, work: Any, caller: Caller, context: grpc.aio.ServicerContext) -> Any:
-        """What somebody may know of a model today may be none of theirs tomorrow."""
+        """What somebody may do, or know of a model, today may be none of theirs tomorrow."""
         right = next(right for right in _ANY if right in caller.renew().rights)
         lost: asyncio.Future[Fault] = asyncio.get_running_loop().create_future()
         task = asyncio.ensure_future(work)
