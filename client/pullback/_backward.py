@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,52 @@ def backward(
     inputs: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """See Tensor.backward and autograd.backward."""
+    found = computed(outputs, gradients, retain_graph, create_graph, inputs)
+    settle_sums(accumulated(found))
+
+
+def paired(tensors: Tensor | Sequence[Tensor], grad_tensors: Any) -> tuple[list[Any], list[Any]]:
+    """What autograd.backward was given, as `backward` takes it."""
+    one = isinstance(tensors, Tensor)
+    outputs: list[Any] = [tensors] if one else list(tensors)
+    if grad_tensors is None:
+        return outputs, [None] * len(outputs)
+    if one and not isinstance(grad_tensors, tuple | list):
+        return outputs, [grad_tensors]
+    return outputs, list(grad_tensors)
+
+
+@dataclass
+class Found:
+    """What a backward found: leaves with their gradients."""
+
+    session: Session
+    pairs: list[tuple[Tensor, Tensor]]
+    create_graph: bool
+
+    @property
+    def waits(self) -> bool:
+        """Whether accumulating may wait: for what lies in another session."""
+        before = [one.grad for one, _ in self.pairs]
+        return any(grad is not None and grad.handle_in(self.session) is None for grad in before)
+
+
+@dataclass
+class Sums:
+    """Sums that were sent, as `.grad` already: (of which tensor, what was there before, the sum, its op)."""
+
+    sent: list[tuple[Tensor, Tensor, Tensor, Pending]]
+    failure: errors.PullbackError | None = None
+
+
+def computed(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Any],
+    retain_graph: bool | None,
+    create_graph: bool,
+    inputs: Tensor | Sequence[Tensor] | None,
+) -> Found:
+    """The gradients of a backward, which are accumulated nowhere yet. Waits for the server."""
     run = _Run(outputs, gradients)
     wrt: Leaves = {}
     if inputs is None:
@@ -145,33 +192,38 @@ def backward(
     wrt = {ref: tensor for ref, tensor in wrt.items() if ref.session is run.session}
     asked = wrt or frozen
     pending, infos = run.send(list(asked), list(asked.values()), retain_graph, create_graph, True, False)
-    gradients = [run.made(pending, info, create_graph) for info in infos]
-    found = [(one, gradient) for one, gradient in zip(wrt.values(), gradients, strict=False) if gradient is not None]
-    _accumulate(run.session, found, create_graph)
+    made = [run.made(pending, info, create_graph) for info in infos]
+    pairs = [(one, gradient) for one, gradient in zip(wrt.values(), made, strict=False) if gradient is not None]
+    return Found(run.session, pairs, create_graph)
 
 
-def _accumulate(session: Session, pairs: Sequence[tuple[Tensor, Tensor]], create_graph: bool) -> None:
-    """Sets `.grad`, or adds to what is there. All sums are sent before the first answer is waited for.
+def accumulated(found: Found) -> Sums:
+    """Sets `.grad`, or sends the sum with what is there. All sums are sent before the first answer is waited for.
 
     Threads may do this to one tensor at once: what follows what is settled by the order in which sums are sent, so
-    nobody waits for an answer while others wait for the lock. Raises the first failure; its `.grad` stays as it was.
+    nobody waits for an answer while others wait for the lock.
     """
-    sent: list[tuple[Tensor, Tensor, Tensor, Pending]] = []
-    failure: errors.PullbackError | None = None
-    for tensor, gradient in pairs:
+    sums = Sums([])
+    for tensor, gradient in found.pairs:
         with _lock_of(tensor):
             before = tensor.grad
             if before is None:
                 tensor._grad = gradient
                 continue
             try:
-                total, pending = _sum(session, tensor, before, gradient, create_graph)
+                total, pending = _sum(found.session, tensor, before, gradient, found.create_graph)
             except errors.PullbackError as error:
-                failure = failure or error
+                sums.failure = sums.failure or error
                 continue
             tensor._grad = total
-        sent.append((tensor, before, total, pending))
-    for tensor, before, total, pending in sent:
+        sums.sent.append((tensor, before, total, pending))
+    return sums
+
+
+def settle_sums(sums: Sums) -> None:
+    """Waits for the sums. Raises the first failure; its `.grad` stays as it was."""
+    failure = sums.failure
+    for tensor, before, total, pending in sums.sent:
         try:
             pending.result()
             total.learn()
@@ -269,7 +321,7 @@ def grad(
         result = parts[0] if parts else None
         for part in parts[1:]:
             assert result is not None
-            result = result + part  # type: ignore[operator]
+            result = result + part
         if result is None and several and not unused:
             raise errors.UnusedInput("one of inputs is not used by the outputs; allow_unused=True gives None for it")
         if result is None and materialize_grads:

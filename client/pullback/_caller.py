@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import operator
 import time
@@ -31,6 +33,8 @@ R = TypeVar("R")
 #: sessions.py), but takes several times its bytes of the front's memory.
 BULK_BYTES = 256 << 20
 _DENSE = ("ComputeJacobian", "ComputeHessian")
+#: Seconds that may lie between two who ask at once and have as much time.
+_AS_PATIENT = 0.05
 #: Seconds after which a model that is being loaded is asked for again.
 _LOADING_AGAIN = 1.0
 
@@ -41,6 +45,20 @@ def bulky(transport: Transport, payloads: Sequence[Buffer]) -> bool:
     return size >= BULK_BYTES or size > transport.address.max_message_bytes - (64 << 10)
 
 
+class _Inquiry:
+    """One question for a signature that is under way, for all who want it meanwhile.
+
+    deadline: until which who asks would wait. found, error: once `over` is set; neither: it was given up.
+    """
+
+    def __init__(self, transport: Transport, deadline: float) -> None:
+        self.where = transport.where()
+        self.deadline = deadline
+        self.over = transport.event()
+        self.found: ModelInfo | None = None
+        self.error: errors.PullbackError | None = None
+
+
 class Caller:
     """Makes the calls of one model. version: empty: the latest that is ready."""
 
@@ -49,6 +67,10 @@ class Caller:
         self.name = name
         self.version = version
         self._info: ModelInfo | None = None
+        self._inquiry: _Inquiry | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inquiry": None}
 
     @property
     def target(self) -> str:
@@ -56,17 +78,45 @@ class Caller:
         return self.transport.address.target
 
     async def info(self, timeout: float | None = None) -> ModelInfo:
-        """What the server says of the model, in whatever state; asked for once it is ready."""
+        """What the server says of the model, in whatever state; asked for once it is ready, for all who ask at once."""
         info = self._info
-        if info is None:
+        if info is not None:
+            return info
+        deadline = self.transport.deadline(timeout)
+        while (inquiry := self._inquiry) is not None and inquiry.where == self.transport.where():
+            if not await self.transport.until(inquiry.over, deadline):
+                raise errors.DeadlineExceeded(f"{self._what('info')}: no answer from {self.target} in time")
+            if inquiry.found is not None:
+                return inquiry.found
+            # Who would wait for longer may fare better, and whoever asked may have been cancelled.
+            if inquiry.error is not None and deadline <= inquiry.deadline + _AS_PATIENT:
+                raise copy.copy(inquiry.error) from inquiry.error.__cause__
+            timeout = max(deadline - time.monotonic(), 1e-3)
+        return await self._inquire(timeout, deadline)
+
+    async def _inquire(self, timeout: float | None, deadline: float) -> ModelInfo:
+        mine = self._inquiry = _Inquiry(self.transport, deadline)
+        try:
             request = model_service_pb2.GetModelRequest(name=self.name, version=self.version)
             response, _ = await self.transport.call(
                 MODEL_METHODS["GetModel"], request, (), model_service_pb2.GetModelResponse, self._what("info"), timeout
             )
-            info = model_info(response.model)
-            if info.state == "ready":
-                self._info = info
-        return info
+            mine.found = model_info(response.model)
+            # Not after a `forget`: it may be an answer of before.
+            if mine.found.state == "ready" and self._inquiry is mine:
+                self._info = mine.found
+            return mine.found
+        except errors.PullbackError as error:
+            # Without its traceback, which leads here.
+            mine.error = copy.copy(error)
+            mine.error.__cause__ = error.__cause__
+            raise
+        finally:
+            if self._inquiry is mine:
+                self._inquiry = None
+            # The event loop may be closed by now.
+            with contextlib.suppress(RuntimeError):
+                mine.over.set()
 
     async def graph(
         self, train: bool, max_nodes: int | None, timeout: float | None
@@ -116,7 +166,7 @@ class Caller:
 
     def forget(self) -> None:
         """The model may have another signature by now; the next call asks."""
-        self._info = None
+        self._info = self._inquiry = None
 
     @contextmanager
     def draft(self, name: str, common: Common) -> Iterator[Draft]:

@@ -1,6 +1,7 @@
 """What a thread does for a task of an event loop, which may give it up meanwhile.
 
-A thread cannot be stopped, but what it waits for can be ended. `pullback.aio` starts errands; all others know of none.
+A thread cannot be stopped, but what it waits for can be ended, or waited for without a limit. `pullback.aio` starts
+errands; all others know of none.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ class GivenUp(BaseException):
 
 
 class Errand:
-    """One errand."""
+    """One errand. gentle: giving it up ends nothing that others use too; the thread goes on for nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self, gentle: bool = False) -> None:
+        self.gentle = gentle
         self._lock = threading.Lock()
         self._ends: list[Callable[[], None]] = []
         self.given_up = False
@@ -33,11 +35,14 @@ class Errand:
 
     @contextmanager
     def ending(self, end: Callable[[], None]) -> Iterator[None]:
-        """While this lasts, giving up calls `end`. Raises GivenUp where it was given up, before or meanwhile."""
+        """While this lasts, giving up calls `end`.
+
+        Raises GivenUp where it was given up, before or meanwhile, unless it is gentle.
+        """
         with self._lock:
             if not self.given_up:
                 self._ends.append(end)
-        if self.given_up:
+        if self.given_up and not self.gentle:
             end()
             raise GivenUp
         try:
@@ -46,7 +51,7 @@ class Errand:
             with self._lock:
                 if end in self._ends:
                     self._ends.remove(end)
-            if self.given_up:
+            if self.given_up and not self.gentle:
                 raise GivenUp
 
 

@@ -51,7 +51,7 @@ class Held:
         #: By generation, so that no fork can leave a lock locked, or a parent's session in use.
         self._homes: dict[int, _Home] = {}
         self._locks: dict[int, threading.Lock] = {}
-        #: Each thread's graphs, by the point that they are of.
+        #: Each thread's graphs, by the point that they are of, and the session that it used last.
         self._mine = threading.local()
 
     def evaluate(self, varying: Named) -> dict[str, Array]:
@@ -105,6 +105,7 @@ class Held:
         """The derivative of <gradient, tangents> by all that varies, from a kept graph; None: it is constant in it."""
         graphs = self._graphs()
         graph = graphs[key]
+        self._mine.session = graph.session
         graphs.move_to_end(key)
         given = [(ref.handle, t) for ref, t in zip(graph.gradients, tangents, strict=True) if ref is not None]
         if not given:
@@ -130,11 +131,16 @@ class Held:
         self._graphs().clear()
 
     def lose(self) -> None:
-        """Ends the session; the next call opens another one."""
+        """Ends the session that this thread used last; the next call opens another one."""
         self.forget_graphs()
-        home = self._homes.pop(gate.generation, None)
-        if home is not None:
-            home.session.close()
+        lost: Session | None = getattr(self._mine, "session", None)
+        with self._locks.setdefault(gate.generation, threading.Lock()):
+            home = self._homes.get(gate.generation)
+            # Another thread may have opened the next one by now.
+            if home is not None and home.session is lost:
+                del self._homes[gate.generation]
+        if lost is not None:
+            lost.close()
 
     def _home(self) -> _Home:
         with self._locks.setdefault(gate.generation, threading.Lock()):
@@ -144,10 +150,15 @@ class Held:
                 session = Session(caller.transport, [(model.name, model.version)], timeout=self._function.timeout)
                 # A session keeps the version that it was opened with, which its answers do not tell. The version was
                 # known before it was opened; if it is the same after, it is the session's.
-                caller.forget()
-                info = caller.signature(self._function.timeout)
-                self._function.check(info.version, info.revision)
+                try:
+                    caller.forget()
+                    info = caller.signature(self._function.timeout)
+                    self._function.check(info.version, info.revision)
+                except BaseException:
+                    session.close()
+                    raise
                 home = self._homes[gate.generation] = _Home(session)
+            self._mine.session = home.session
             return home
 
     def _graphs(self) -> OrderedDict[bytes, _Graph]:

@@ -15,8 +15,8 @@ class TensorInfo:
 
     dtype: torch's name of it; None: any that the model's code takes.
     shape: extents; a str is a free extent with a name, and equal names mean equal extents in one call; None: a free one
-        of which nothing more is known. Instead of the tuple None: any shape. Shapes of outputs are what the server saw of
-        a few samples in eval mode when it loaded the model.
+        of which nothing more is known. Instead of the tuple None: any shape. Shapes of outputs are what the server saw
+        of a few samples in eval mode when it loaded the model.
     optional: the input may be left out.
     minimum, maximum: inclusive bounds of the elements, which the server checks.
     """

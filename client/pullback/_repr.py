@@ -13,15 +13,22 @@ if TYPE_CHECKING:
 _FETCHED_BYTES = 64 << 10
 
 
-def shown(tensor: Tensor) -> str:
-    """tensor([1., 2.], dtype=float64, requires_grad=True); without values where they are large or lost."""
+def shown(tensor: Tensor, ask: bool = True) -> str:
+    """tensor([1., 2.], dtype=float64, requires_grad=True); without values where they are large or lost.
+
+    ask: whether the server may be asked for what is not here.
+    """
+    if not ask:
+        tensor.learn()
+        if tensor.known_dtype is None:
+            return "tensor(<not here yet>)"
     try:
         shape, dtype = tensor.shape, tensor.dtype
     except Exception as error:
         return f"tensor(<{type(error).__name__}>)"
     parts = []
     try:
-        if tensor.is_here or tensor.nbytes <= _FETCHED_BYTES:
+        if tensor.is_here or (ask and tensor.nbytes <= _FETCHED_BYTES):
             parts.append(np.array2string(tensor._value(), separator=", ", prefix="tensor(", threshold=1000))
     except Exception as error:
         parts.append(f"<{type(error).__name__}>")

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pullback import errors
 from pullback._arrays import Array
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from pullback._tensor import Tensor
 
 __all__ = ["HandleInfo", "Keep", "Pending", "Session", "current"]
+
+#: A thread, or a task.
+Who = TypeVar("Who")
 
 #: Handles reserved for a call that does not know how many outputs it will make.
 BLOCK = 65536
@@ -81,7 +84,7 @@ class Session:
         #: Ops of a pipelined session that nobody has asked about yet.
         self._unseen: deque[Pending] = deque()
         #: What was current before each `with` of this session, by thread.
-        self._tokens: dict[int, list[contextvars.Token[Session | None]]] = {}
+        self._around: dict[int, list[Session | None]] = {}
         #: Parameters that were taken, by model and version: later calls of the model use them.
         self.model_parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
         #: Signatures by model and version, as they were when the session first used them.
@@ -383,22 +386,38 @@ class Session:
 
     def __enter__(self) -> Session:
         self._stream.check("")
-        self._tokens.setdefault(threading.get_ident(), []).append(current.set(self))
+        enter(self, self._around, threading.get_ident())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        mine = self._tokens[threading.get_ident()]
-        current.reset(mine.pop())
-        if not mine:
-            del self._tokens[threading.get_ident()]
+        leave(self._around, threading.get_ident())
         try:
             if kind is None and self.pipelined:
                 self.synchronize()
         finally:
-            if not self._tokens:
+            if not self._around:
                 self.close()
+
+
+def enter(session: Session, around: dict[Who, list[Session | None]], who: Who) -> None:
+    """Makes a session the current one of a thread (or task)."""
+    around.setdefault(who, []).append(current.get())
+    current.set(session)
+
+
+def leave(around: dict[Who, list[Session | None]], who: Who) -> None:
+    """Undoes the last `enter`.
+
+    By set() and not by a token's reset(), and be it another's: generators, as fixtures and dependencies are, may be
+    ended in another context or by another task than the one that began them.
+    """
+    mine = who if who in around else next(iter(around), None)
+    if mine is not None:
+        current.set(around[mine].pop())
+        if not around[mine]:
+            del around[mine]
 
 
 def _naming(error: errors.PullbackError, pending: Pending, pipelined: bool) -> errors.PullbackError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from pullback import errors
-from pullback._errand import errand
+from pullback._errand import Errand, GivenUp, errand
 from pullback._fork import gate
 from pullback._memory import Memory
 from pullback._ticker import ticker
@@ -102,6 +103,7 @@ class Stream:
         self._leading = False
         self._followers = 0
         self._lead_since = self._lead_until = 0.0
+        self._lead_for: Errand | None = None
         self._failure: errors.PullbackError | None = None
         self._closing = False
         self._silence = _HEARTBEAT_TIMEOUT
@@ -146,6 +148,10 @@ class Stream:
                 # Only ops carry them: what is not answered has no place in the order.
                 taken = self._take_released()
                 frame.release.extend(taken)
+            elif frame.HasField("chunk") and not frame.chunk.transfer:
+                # Not before: transfers have to begin in the order of their numbers.
+                self._transfer += 1
+                frame.chunk.transfer = self._transfer
             data = encode_message(frame, payloads)
             if len(data) > self.limit:
                 self.released.extend(taken)
@@ -173,20 +179,22 @@ class Stream:
 
         Other threads' frames go in between. An upload that fails half-way is given up.
         """
-        with self._sending:
-            self._transfer += 1
-            transfer = self._transfer
+        mine = errand.get()
+        transfer = 0
         size, offset = len(data), 0
         part = max(min(CHUNK_BYTES, self.opened.credit_bytes, self.limit // 2), 1)
         try:
             while offset < size:
+                if mine is not None and mine.given_up:
+                    raise GivenUp
                 end = min(offset + part, size)
                 self.wait(functools.partial(self._take_credit, end - offset), what, deadline)
-                self.send(chunk_frame(transfer, offset, size), (data[offset:end],))
-                offset = end
+                frame = chunk_frame(transfer, offset, size)
+                self.send(frame, (data[offset:end],))
+                transfer, offset = frame.chunk.transfer, end
         except BaseException:
-            if self._failure is None:
-                self.send(chunk_frame(transfer, offset, 0), (b"",))
+            if self._failure is None and transfer:
+                self.send(chunk_frame(transfer, offset, 0), ())
             raise
         return transfer
 
@@ -218,12 +226,18 @@ class Stream:
         """
         mine = errand.get()
         if mine is None:
-            self._wait(done, what, deadline)
+            self._wait(done, what, deadline, None)
         else:
-            with mine.ending(self.hang_up):
-                self._wait(done, what, deadline)
+            with mine.ending(functools.partial(self._relax, mine) if mine.gentle else self.hang_up):
+                self._wait(done, what, deadline, mine)
 
-    def _wait(self, done: Callable[[], bool], what: str, deadline: float) -> None:
+    def _relax(self, mine: Errand) -> None:
+        """Nobody wants what this errand waits for any more, so that its being late must not end the session."""
+        with self._state:
+            if self._lead_for is mine:
+                self._lead_until = math.inf
+
+    def _wait(self, done: Callable[[], bool], what: str, deadline: float, mine: Errand | None) -> None:
         while True:
             late = False
             with self._state:
@@ -236,13 +250,15 @@ class Stream:
                         if self._failure is not None:
                             raise self._reason_for(what, deadline)
                         self.check(what)
+                        if mine is not None and mine.given_up:
+                            deadline = math.inf
                         now = time.monotonic()
                         late = now >= deadline
                         if late:
                             break
                         if not self._leading:
                             self._leading = True
-                            self._lead_since, self._lead_until = now, deadline
+                            self._lead_since, self._lead_until, self._lead_for = now, deadline, mine
                             break
                         # Wakes by itself now and then, should a leader end without a word.
                         self._state.wait(min(deadline - now, 5.0))
@@ -272,7 +288,7 @@ class Stream:
             raise
         finally:
             with self._state:
-                self._leading = False
+                self._leading, self._lead_for = False, None
                 if self._followers:
                     self._state.notify_all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ T = TypeVar("T", bound="Transport")
 Trailers = Iterable[tuple[str, str | bytes]] | None
 
 #: gRPC takes a timeout as the distance to a point in time and overflows far below a float's range.
-_LONGEST = 3e8
+LONGEST = 3e8
 #: Room for the tags and lengths of one payload.
 _FRAMING = 12
 
@@ -93,6 +94,18 @@ class Transport:
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """What a coroutine over this transport returns. Blocks."""
         return run(coroutine)
+
+    def where(self) -> object:
+        """Those who are at one place may wait for each other: the threads of one process, the tasks of one loop."""
+        return gate.generation
+
+    def event(self) -> Any:
+        """Something for `until`; has set() and is_set()."""
+        return threading.Event()
+
+    async def until(self, event: Any, deadline: float) -> bool:
+        """Waits for an event of the same place. Returns whether it came in time."""
+        return bool(event.wait(min(max(deadline - time.monotonic(), 0.0), LONGEST)))
 
     async def unary(
         self, path: str, data: bytes, timeout: float | None, metadata: Metadata, told: bool
@@ -214,7 +227,7 @@ class Transport:
         """What `make`, given the seconds that are left, returns at last. id: of the call, the same for all attempts."""
         check_timeout(timeout)
         limit = self.timeout if timeout is None else timeout
-        if limit is not None and limit > _LONGEST:
+        if limit is not None and limit > LONGEST:
             limit = None
         end = math.inf if limit is None else time.monotonic() + limit
         attempt = 0

@@ -71,12 +71,4 @@ def backward(
 
     grad_tensors: a cotangent for each of `tensors`; for the rest see `Tensor.backward`.
     """
-    one = isinstance(tensors, Tensor)
-    outputs: list[Any] = [tensors] if one else list(tensors)
-    if grad_tensors is None:
-        gradients: list[Any] = [None] * len(outputs)
-    elif one and not isinstance(grad_tensors, tuple | list):
-        gradients = [grad_tensors]
-    else:
-        gradients = list(grad_tensors)
-    _backward.backward(outputs, gradients, retain_graph, create_graph, inputs)
+    _backward.backward(*_backward.paired(tensors, grad_tensors), retain_graph, create_graph, inputs)

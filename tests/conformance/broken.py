@@ -18,6 +18,8 @@ from pullback_wire import GRADIENT_METHODS, Reason
 from pullback_wire.v1 import gradient_service_pb2
 
 F32 = 12
+#: That the suite tries first where an axis is free.
+FIRST_EXTENT = 3
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def exchange(field: str) -> Callable[[Body], None]:
 broken("the sign of a VJP is wrong", "vjp.differences", "small", response=VJP(times(-1)))
 broken("float32 inside, float64 outside", "vjp.differences", "mixed", response=VJP(times(1.001)))
 broken("gradients of two inputs are exchanged", "vjp.each", "mixed", response=VJP(exchange("gradients")))
+broken("a gradient is infinite", "vjp.differences", "small", response=VJP(each(lambda g: _infinite(g))))
 broken("a VJP is not conjugated", "vjp.complex", "holomorphic", response=VJP(each(np.conj)))
 broken("gradients are clipped unasked", "vjp.linear", "small", response=VJP(each(lambda g: np.clip(g, -0.1, 0.1))))
 broken("K cotangents come back in another order", "vjp.batched", "small", fault=lambda: Fault(response=_rolled()))
@@ -105,6 +108,11 @@ broken("differentiable models have no VJP", "vjp.answers", "small", fault=lambda
 broken("a JVP is scaled", "jvp.adjoint", "small", response=JVP(times(1.0001, "tangents")))
 broken("a JVP looks at the first tangent only", "jvp.subset", "mixed", fault=lambda: Fault(request=JVP(_first_tangent)))
 broken("rows are mixed up", "rows.independent", "small", response=VJP(each(lambda g: np.roll(g, 1, 0))))
+
+
+def _infinite(g: np.ndarray) -> np.ndarray:
+    g.reshape(-1)[0] = np.inf
+    return g
 
 
 def _rolled() -> Callable[[str, Body], None]:
@@ -266,6 +274,15 @@ def _evaluate(name: str, body: Body) -> None:
 
 broken("an output is dropped", "contract.outputs", "mixed", response=of("Evaluate")(_drop_last))
 broken("outputs change their names", "contract.outputs", "pair", fault=lambda: Fault(response=of("Evaluate")(_renamed)))
+broken(
+    "another shape is told", "contract.outputs", "small", fault=lambda: Fault(response=of("GetModel")(_turned_shape))
+)
+broken(
+    "an extent is told that happens to be so",
+    "contract.outputs",
+    "small",
+    fault=lambda: Fault(response=of("GetModel")(_fixed_shape)),
+)
 broken("gradients come in another order", "contract.gradients", "mixed", fault=lambda: Fault(response=VJP(_reversed)))
 broken("float32 instead of float64", "contract.gradients", "small", response=VJP(_as_float32))
 broken("float32 of what came as float64", "contract.dtypes", "cube", response=VJP(_as_float32))
@@ -285,6 +302,8 @@ broken("omit_outputs is ignored", "contract.omit_outputs", "small", request=VJP(
 broken("results.dtype is ignored", "contract.result_dtype", "small", fault=lambda: Fault(request=_no_dtype))
 broken("the list is not sorted", "contract.list", "small", response=_models(_turned))
 broken("GetModel ignores the version", "contract.get", "small", fault=lambda: Fault(response=of("GetModel")(_other)))
+broken("GetModel and ListModels disagree", "contract.get", "small", fault=lambda: Fault(response=_models(_less)))
+broken("a dtype that there is not", "contract.version", "small", fault=lambda: Fault(response=_strange()))
 broken("a session needs no frame", "contract.sessions", "small", ends=lambda error: error is None)
 broken("an RPC is missing", "contract.methods", "small", fault=lambda: Fault(bytes_=_unimplemented))
 
@@ -292,6 +311,27 @@ broken("an RPC is missing", "contract.methods", "small", fault=lambda: Fault(byt
 def _renamed(body: Body) -> None:
     for index, tensor in enumerate(body.message.outputs):
         tensor.name = f"output_{index}"
+
+
+def _turned_shape(body: Body) -> None:
+    (output,) = body.message.model.outputs
+    rows, columns = output.shape
+    del output.shape[:]
+    output.shape.extend([columns, rows])
+
+
+def _fixed_shape(body: Body) -> None:
+    (output,) = body.message.model.outputs
+    output.shape[0].size = FIRST_EXTENT
+
+
+def _less(models: Any) -> None:
+    for one in models:
+        one.description += ", or so"
+
+
+def _strange() -> Callable[[str, Body], None]:
+    return of("GetModel")(lambda body: setattr(body.message.model.inputs[0], "dtype", 77))
 
 
 def _reversed(body: Body) -> None:

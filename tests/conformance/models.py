@@ -30,6 +30,19 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(_MATRIX, dtype=x.dtype) @ x.sin()
 
 
+@model("half", inputs={"input": spec("bfloat16", ["batch", 3])})
+def half() -> torch.nn.Module:
+    """Parameters, inputs and outputs of a dtype that numpy does not know."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2).bfloat16()
+
+
+@model("grainy", inputs={"x": spec(_F64, ["n"])})
+def grainy(x: torch.Tensor) -> torch.Tensor:
+    """Draws random numbers."""
+    return x.sin() + torch.randn_like(x) * x
+
+
 class Swirl(torch.autograd.Function):
     """A scalar whose backward as written is a field that no scalar has: its derivative is not symmetric."""
 

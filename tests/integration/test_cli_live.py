@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import http.server
 import json
 import os
 import pty
@@ -257,7 +258,7 @@ def test_top_in_json_moves(server: Server) -> None:
         process.stdout = None
 
 
-@pytest.mark.parametrize("key", ["q", "Ctrl-C"])
+@pytest.mark.parametrize("key", ["xq", "Ctrl-C", "SIGTERM"])
 def test_top_on_a_terminal(server: Server, key: str) -> None:
     ours, theirs = terminal()
     shown = Shown(ours)
@@ -277,8 +278,12 @@ def test_top_on_a_terminal(server: Server, key: str) -> None:
             # Calls since the start, as they were drawn one after the other.
             wait_for(lambda: len(set(re.findall(r"mlp +1 ready .*?([\d,]+) +\d+ *\r?\n", shown.text()))) >= 3)
             assert "queue " in shown.text() and "cpu-0" in shown.text() and "q ends" in shown.text()
-            os.write(ours, b"q" if key == "q" else b"\x03")
-            assert process.wait(30) == 0
+            if key == "SIGTERM":
+                process.terminate()
+            else:
+                # Both keys at once: a hasty hand.
+                os.write(ours, b"xq" if key == "xq" else b"\x03")
+            assert process.wait(30) == (143 if key == "SIGTERM" else 0)
             assert process.stderr is not None and process.stderr.read() == ""
         shown.text()
         # The alternate screen is left, and the terminal as it was.
@@ -315,6 +320,34 @@ def test_top_goes_on_trying() -> None:
             if (found := json.loads(process.stdout.readline()))["error"] is not None:
                 break
         assert "cannot be reached" in found["error"]
+
+
+def test_top_of_another_port(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "--once", "--metrics", f"http://{server.target}"]) == 1
+    told = capsys.readouterr().err
+    assert "answers, but not in HTTP" in told and told[:-1].isprintable()
+
+
+def test_top_of_a_status_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    class Odd(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"now": {"server": {}, "traffic": None}, "points": [{"time": 1.0}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Odd) as odd:
+        thread = threading.Thread(target=odd.serve_forever)
+        thread.start()
+        try:
+            assert main(["top", "--once", "--metrics", f"http://127.0.0.1:{odd.server_port}"]) == 1
+        finally:
+            odd.shutdown()
+            thread.join()
+    assert "sent a status that cannot be read" in capsys.readouterr().err
 
 
 def test_top_without_a_page(capsys: pytest.CaptureFixture[str]) -> None:

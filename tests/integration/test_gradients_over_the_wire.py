@@ -248,6 +248,22 @@ def same(got: Mapping[str, Any], wanted: Mapping[str, Array], rtol: float = 1e-8
 # ---- each derivative of each model
 
 
+def test_signatures_tell_the_shapes_of_outputs(client: pb.Client) -> None:
+    """Learned at load; None where an extent is free, and nothing more is known of it."""
+    shapes = {
+        name: {one.name: one.shape for one in client.model(name).info.outputs}
+        for name in ("mlp", "lstm", "force", "mixed", "words", "compiled")
+    }
+    assert shapes["mlp"] == {"output": ("batch", 10)}
+    lstm = {"output_0": ("batch", "time", 4), "output_1.0": (1, "batch", 4), "output_1.1": (1, "batch", 4)}
+    assert shapes["lstm"] == lstm
+    assert shapes["force"] == {"energy": (), "force": ("n", 3)}
+    assert shapes["mixed"] == {"product": ("n",), "parts.0": ("n",), "parts.1": (), "count": ()}
+    assert shapes["words"] == {"output": None}, "it has an optional input of an unknown shape"
+    assert shapes["compiled"] == {"output": ("batch", 2)}
+    assert "(output: float32[batch, 10])" in repr(client.model("mlp").info)
+
+
 @every_subject
 def test_vjp(case: Case) -> None:
     wrt = list(case.subject.wrt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -290,3 +291,93 @@ def test_exports_are_refused(hosted: Hosted) -> None:
 
     with pytest.raises(NotImplementedError, match="host_callbacks"):
         export.export(jax.jit(hosted("energy")))(X, Y)
+
+
+# ---- losses of rows, random numbers, outputs that are cut off
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_rows_under_a_loss_are_losses_of_their_own(hosted: Hosted, reduction: str) -> None:
+    reduce = {"none": lambda a: a, "mean": jnp.mean, "sum": jnp.sum}[reduction]
+    # "turned" has its rows in columns.
+    f = hosted("turned", rows=True, loss=pb.Loss("mse_loss", reduction=reduction))
+    xs, targets = RNG.normal(size=(2, 3)), RNG.normal(size=(2, 2))
+
+    def local(x: Any, t: Any) -> Any:
+        return reduce((jnp.stack([x[0] * jnp.sin(x[1]), x[2] ** 3 * x[0]]) - t) ** 2)
+
+    for change in (
+        jax.jacrev,
+        lambda g: jax.hessian(lambda x, t: jnp.sin(g(x, t)).sum(), (0, 1)),
+        lambda g: jax.jacfwd(jax.jacrev(g)),
+    ):
+        close(*(jax.jit(jax.vmap(change(g)))(xs, targets) for g in (lambda x, t: f(x, target=t), local)))
+
+
+def test_what_a_model_draws_by_itself_is_drawn_once(hosted: Hosted, zoo: str) -> None:
+    with pb.connect(zoo) as client:
+        noisy = remote_function(client.model("noisy"))
+        y, pull = jax.vjp(noisy, X)
+        close(pull(jnp.ones(4))[0], y / X)
+        close(jax.jvp(noisy, (X,), (2 * X,)), (y, 2 * y))
+        close(jax.jit(noisy)(X), y)
+        assert not np.array_equal(noisy(X, seed=1), y)
+
+
+def test_an_output_that_is_cut_off_adds_nothing(hosted: Hosted, zoo: str) -> None:
+    with pb.connect(zoo) as client:
+        f = remote_function(client.model("detached"))
+
+        def loss(x: Any) -> Any:
+            out = f(x)
+            return (out["kept"] ** 2 * out["cut"]).sum()
+
+        # JAX's stop_gradient: 2 x is kept, 3 x is not.
+        for change in (jax.grad(loss), jax.jit(jax.grad(loss)), lambda x: jax.jvp(loss, (x,), (jnp.ones(4),))[1]):
+            close(change(X), jnp.asarray(24 * X**2) if change(X).ndim else jnp.asarray((24 * X**2).sum()))
+        jacobian = jax.jit(jax.jacrev(lambda x: (f(x)["kept"], f(x)["kept"] * 2)))(X)
+        close(jacobian, (2 * jnp.eye(4), 4 * jnp.eye(4)))
+        # Alone it is refused, as nothing would be left of the gradient.
+        with pytest.raises(pb.errors.NotDifferentiable, match="'cut'") as raised:
+            jax.grad(lambda x: f(x)["cut"].sum())(X)
+        assert any("stop_gradient" in note for note in raised.value.__notes__)
+
+
+def test_one_of_many_that_fails_fails_them_all(hosted: Hosted) -> None:
+    f, xs = hosted("raises"), np.ones((30, 3))
+    xs[7] = -1
+    mapped = jax.jit(jax.vmap(jax.grad(f)))
+    with pytest.raises((RuntimeError, ValueError), match="no good"):
+        jax.block_until_ready(mapped(xs))
+    close(mapped(abs(xs)), jnp.ones((30, 3)))
+
+
+def test_another_version_with_other_rows_is_refused(hosted: Hosted) -> None:
+    f = hosted("turned", rows=True)
+    compiled = jax.jit(jax.vmap(f))
+    xs = RNG.normal(size=(2, 3))
+    expected = compiled(xs)
+    # As of a version that was replaced: the same is traced, and its rows were elsewhere.
+    (call,) = f._calls.values()
+    object.__setattr__(call, "version", ("0", 0))
+    close(compiled(xs), expected)
+    object.__setattr__(call, "axis", 0)
+    # JAX raises the one or the other, as it calls what is compiled.
+    with pytest.raises((RuntimeError, ValueError), match="another batch axis"):
+        jax.block_until_ready(compiled(xs))
+
+
+def test_functions_pickle(hosted: Hosted) -> None:
+    f = hosted("turned", rows=True, concurrency=3)
+    copied = pickle.loads(pickle.dumps(f))
+    assert repr(copied) == repr(f)
+    close(copied(X[:3]), f(X[:3]))
+
+
+def test_signatures_that_say_the_shapes_need_no_trial(hosted: Hosted) -> None:
+    assert all(None not in (one.dtype, one.shape) for one in hosted.client.model("turned").info.outputs)
+    before = hosted.counts()
+    jax.jit(jax.vmap(jax.grad(lambda x: hosted("turned", rows=True)(x).sum())))(RNG.normal(size=(5, 3)))
+    jax.eval_shape(hosted("named"), X, 2)
+    after = hosted.counts()
+    assert after.get("Evaluate", 0) == before.get("Evaluate", 0)

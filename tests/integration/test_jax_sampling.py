@@ -49,19 +49,26 @@ def test_blackjax_chains_share_their_calls(hosted: Hosted) -> None:
         return jax.lax.scan(step, states, keys)
 
     run = jax.jit(steps)
-    compiled = run.lower(start, jax.random.split(keys[0], 150)).compile()
+    compiled = run.lower(start, jax.random.split(keys[0], 110)).compile()
     before = hosted.counts().get("ComputeVjp", 0)
-    _, (positions, leaps) = compiled(start, jax.random.split(keys[0], 150))
+    _, (positions, leaps) = compiled(start, jax.random.split(keys[0], 110))
     positions = np.asarray(jax.block_until_ready(positions))
     calls = hosted.counts()["ComputeVjp"] - before
     # All chains leap together, so there are as many calls as the chain with most leaps has, not their sum.
     longest = int(np.asarray(leaps).max(1).sum())
     assert calls < 1.5 * longest < 0.5 * int(np.asarray(leaps).sum())
-    assert_is(positions[10:].reshape(-1, 2), MEAN, COVARIANCE, effective=400)
+    assert_is(positions[10:].reshape(-1, 2), MEAN, COVARIANCE, effective=300)
 
 
 def test_numpyro_finds_a_conjugate_posterior(hosted: Hosted) -> None:
     posterior = hosted("regression")
-    sampler = MCMC(NUTS(potential_fn=lambda w: -posterior(w)), num_warmup=80, num_samples=200, progress_bar=False)
+    # The right metric from the start: fewer leaps for as good samples.
+    kernel = NUTS(
+        potential_fn=lambda w: -posterior(w),
+        inverse_mass_matrix=jnp.asarray(POSTERIOR_COVARIANCE),
+        adapt_mass_matrix=False,
+        dense_mass=True,
+    )
+    sampler = MCMC(kernel, num_warmup=40, num_samples=120, progress_bar=False)
     sampler.run(jax.random.key(2), init_params=jnp.zeros(3))
     assert_is(np.asarray(sampler.get_samples()), POSTERIOR_MEAN, POSTERIOR_COVARIANCE, effective=80)

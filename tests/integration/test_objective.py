@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import signal
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -395,6 +397,37 @@ def test_a_hessian_that_is_not_symmetric(client: pb.Client) -> None:
     # ∂<g, p>/∂x of g = (2 x0, 2 x1 + x0).
     np.testing.assert_allclose(o.hessp(x, p), [2 * p[0] + p[1], 2 * p[1]], rtol=1e-12)
     np.testing.assert_allclose(o.hess(x).T @ p, o.hessp(x, p), rtol=1e-12)
+
+
+def test_a_session_that_one_thread_loses_is_not_the_next_one(banana: Any) -> None:
+    banana.hessp(START, START)
+    held = banana._function._held
+    (home,) = held._homes.values()
+    home.session.close()
+    with ThreadPoolExecutor(1) as pool:
+        # The other thread is the first to notice, and opens the next session.
+        pool.submit(banana.hessp, START + 1, START).result()
+        (other,) = held._homes.values()
+        assert other.session is not home.session
+        held.lose()
+        assert other.session.usable
+        assert list(held._homes.values()) == [other]
+
+
+def test_no_session_is_left_open_where_another_version_answers(banana: Any, server: Server) -> None:
+    def sessions() -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as answer:
+            said = answer.read().decode()
+        return sum(float(value) for value in re.findall(r"^pullback_sessions(?:\{.*\})? (\S+)$", said, re.MULTILINE))
+
+    banana._function.version = ("9", 0)
+    before = sessions()
+    kept = []
+    for _ in range(3):
+        with pytest.raises(pb.errors.Aborted, match="version 9") as raised:
+            banana.hessp(START, START)
+        kept.append(raised)  # and what its traceback holds
+    assert sessions() <= before
 
 
 def test_another_version_is_another_function(banana: Any) -> None:

@@ -381,7 +381,8 @@ class TestQuotas:
         before = rig.metric('pullback_quota_refusals_total{quota="sessions"}')
         # One that never says what it wants counts as well.
         with rig.wire("single", open=False) as silent:
-            until(lambda: code_of(lambda: rig.wire("single")) is grpc.StatusCode.RESOURCE_EXHAUSTED)
+            until(lambda: not opens(rig, "single"))
+            assert code_of(lambda: rig.wire("single")) is grpc.StatusCode.RESOURCE_EXHAUSTED
             silent.half_close()
         until(lambda: opens(rig, "single"))
         with rig.wire("single") as wire:

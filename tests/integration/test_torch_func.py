@@ -28,9 +28,14 @@ def two(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"wide": torch.outer(x, y), "narrow": x.prod()}
 
 
+@model("cut", inputs={"x": spec("float64", ["n"])})
+def cut(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"kept": x * 2, "cut": x.detach() * 3}
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[pb.Client]:
-    models = (bilinear, two, zoo.holomorphic, zoo.modulus, zoo.small, zoo.once, zoo.noisy, zoo.mlp)
+    models = (bilinear, two, cut, zoo.holomorphic, zoo.modulus, zoo.small, zoo.once, zoo.noisy, zoo.mlp)
     with Server(*models, threads=1) as server, pb.connect(server.target, timeout=100) as found:
         yield found
 
@@ -131,6 +136,32 @@ def test_what_is_not_there(client: pb.Client) -> None:
         func.hessian(client.model("once"))(rand(1))
     with pytest.raises(pb.errors.MissingCotangent):
         func.grad(client.model("small"))(rand(2, 3))
+
+
+def test_structures_are_those_of_torch(client: pb.Client) -> None:
+    remote, args = client.model("two"), (rand(3), rand(3) + 1)
+    y, pull = func.vjp(remote, *args)
+    v = {"wide": rand(3, 3), "narrow": torch.tensor(0.5, dtype=F64)}
+    # By position too, as RemoteModel has it; None is not pulled back.
+    same(pull((v["narrow"], v["wide"])[:: 1 if next(iter(y)) == "narrow" else -1]), pull(v))
+    same(pull({"wide": v["wide"], "narrow": None}), pull({"wide": v["wide"], "narrow": torch.zeros_like(v["narrow"])}))
+    with pytest.raises(pb.errors.BadCotangent):
+        func.vjp(client.model("modulus"), rand(2, dtype=torch.complex128))[1](1.0)
+    # A tangent that was forgotten is none that stands still.
+    for call in (
+        lambda: func.jvp(remote, args, args[:1]),
+        lambda: func.jvp(remote, args[0], args[0]),
+        lambda: func.hvp(client.model("modulus"), rand(2, dtype=torch.complex128), ()),
+    ):
+        with pytest.raises(TypeError, match="tangents"):
+            call()
+    for wrong in ([0, 1], (), 1.0):
+        with pytest.raises(TypeError, match="argnums"):
+            func.jacrev(remote, wrong)(*args)  # type: ignore[arg-type]
+    # What is cut off has zeros.
+    x = rand(3)
+    blocks = func.jacrev(client.model("cut"))(x)
+    same(blocks, {"kept": 2 * torch.eye(3, dtype=F64), "cut": torch.zeros(3, 3, dtype=F64)})
 
 
 def test_the_cotangents_meet_the_point_where_it_was(client: pb.Client) -> None:

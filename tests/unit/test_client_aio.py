@@ -198,6 +198,98 @@ class TestManyTasks:
         alone(fake.target, test)
 
 
+class TestSignatures:
+    """One question, however many want the answer at once."""
+
+    def test_they_are_asked_for_once(self, fake: Fake) -> None:
+        fake.delay = 0.1
+
+        async def test(client: pb.aio.Client) -> None:
+            square = client.model("square")
+            await asyncio.gather(*(square.vjp(X, X) for _ in range(5)), square.info())
+            assert (fake.calls("GetModel"), fake.calls("ComputeVjp")) == (1, 5)
+
+        alone(fake.target, test)
+
+    def test_who_is_cancelled_fails_nobody_else(self, fake: Fake) -> None:
+        fake.delay = 0.2
+
+        async def test(client: pb.aio.Client) -> None:
+            square = client.model("square")
+            tasks = [asyncio.create_task(square.evaluate(X)) for _ in range(4)]
+            await until(lambda: fake.calls("GetModel") == 1)
+            tasks[0].cancel()
+            tasks[2].cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [isinstance(one, asyncio.CancelledError) for one in found] == [True, False, True, False]
+            np.testing.assert_array_equal(found[3], X**2)
+            assert fake.calls("GetModel") == 2
+
+        alone(fake.target, test)
+
+    def test_who_has_little_time_fails_nobody_else(self, fake: Fake) -> None:
+        fake.delay = 0.3
+
+        async def test(client: pb.aio.Client) -> None:
+            square = client.model("square")
+            # As the first, which asks, and behind one that has more.
+            hasty = asyncio.create_task(square.evaluate(X, timeout=0.1))
+            slow = [asyncio.create_task(square.evaluate(X)) for _ in range(3)]
+            await asyncio.sleep(0.2)
+            late = asyncio.create_task(square.evaluate(X, timeout=0.1))
+            for one in (hasty, late):
+                with pytest.raises(errors.DeadlineExceeded):
+                    await one
+            for one in slow:
+                np.testing.assert_array_equal(await one, X**2)
+            assert fake.calls("GetModel") == 2
+
+        alone(fake.target, test)
+
+    def test_an_error_is_told_to_all(self, fake: Fake) -> None:
+        fake.failures = [Failure(5, "gone")]
+
+        async def test(client: pb.aio.Client) -> None:
+            square = client.model("square")
+            found = await asyncio.gather(*(square.evaluate(X) for _ in range(3)), return_exceptions=True)
+            assert {type(one) for one in found} == {errors.NotFound} and len({id(one) for one in found}) == 3
+            assert fake.calls("GetModel") == 1
+            await square.evaluate(X)
+
+        alone(fake.target, test)
+
+    def test_an_answer_of_before_a_replacement_is_not_kept(self, fake: Fake) -> None:
+        fake.delay = 0.2
+
+        async def test(client: pb.aio.Client) -> None:
+            square = client.model("square")
+            early = asyncio.create_task(square.info())
+            await until(lambda: fake.calls("GetModel") == 1)
+            # As an answer from another version has it.
+            square._caller.forget()
+            await square._caller.learn()
+            await early
+            assert fake.calls("GetModel") == 2
+
+        alone(fake.target, test)
+
+    def test_threads_of_the_sync_client_ask_once_too(self, fake: Fake) -> None:
+        fake.delay = 0.3
+        with pb.connect(fake.target) as client:
+            square = client.model("square")
+            found: list[Any] = []
+            threads = [threading.Thread(target=lambda: found.append(square.evaluate(X))) for _ in range(5)]
+            threads[0].start()
+            while not fake.calls("GetModel"):
+                time.sleep(0.001)
+            for thread in threads[1:]:
+                thread.start()
+            pickle.loads(pickle.dumps(square))
+            for thread in threads:
+                thread.join()
+            assert len(found) == 5 and fake.calls("GetModel") == 1
+
+
 class TestTokens:
     def test_an_async_function(self, fake: Fake) -> None:
         asked: list[Any] = []

@@ -280,7 +280,8 @@ FINITE = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinit
             "inputs": st.dictionaries(
                 TEXT.filter(bool),
                 st.fixed_dictionaries(
-                    {}, optional={"low": FINITE, "shape": st.lists(st.integers(0, 2**40) | TEXT, max_size=3)}
+                    {},
+                    optional={"low": FINITE, "shape": st.lists(st.integers(0, 2**40) | TEXT.filter(bool), max_size=3)},
                 ),
                 max_size=2,
             ),

@@ -73,7 +73,7 @@ class Worker:
     def _read(self, requests: Iterator[bytes], context: Any, put: Callable[[bytes], None]) -> None:
         held: Arrays = {}
         buffers: dict[int, bytearray] = {}
-        outstanding = 0
+        outstanding = begun = 0
         window = 0
 
         def answer(op: int, **more: Any) -> None:
@@ -103,9 +103,13 @@ class Worker:
                 outstanding += len(payloads[0]) if payloads else 0
                 self.worst = max(self.worst, outstanding)
                 if frame.chunk.size == 0:
+                    assert not payloads
                     self.given_up.append(frame.chunk.transfer)
                     buffers.pop(frame.chunk.transfer, None)
                     continue
+                if frame.chunk.offset == 0:
+                    assert frame.chunk.transfer > begun
+                    begun = frame.chunk.transfer
                 buffer = buffers.setdefault(frame.chunk.transfer, bytearray())
                 assert frame.chunk.offset == len(buffer)
                 buffer += payloads[0]

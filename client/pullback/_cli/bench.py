@@ -17,7 +17,7 @@ from pullback._cli.function import Call
 from pullback._cli.load import Load, Tally
 from pullback._cli.progress import shown
 from pullback._cli.samples import inputs, normal
-from pullback._cli.tables import print_json, short
+from pullback._cli.tables import print_json, say, short
 
 _SEED = 20240607
 
@@ -51,14 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
             received=plan.received,
         )
         if not arguments.json:
-            print(facts.text(), flush=True)
+            say(facts.text())
         levels: list[bench_told.Level] = []
         for callers in arguments.concurrency:
             level, interrupted = _level(plan, callers, arguments)
             if level.tally.calls:
                 levels.append(level)
                 if not arguments.json:
-                    print(level.row(plan.rows), flush=True)
+                    say(level.row(plan.rows))
             if interrupted:
                 break
         else:

@@ -11,14 +11,15 @@ from pullback._arrays import Array
 from pullback._cli.connecting import connected
 from pullback._cli.function import Call
 from pullback._cli.outcome import Outcome, Section
+from pullback._cli.tables import say
 from pullback._cli.usage import UsageError
-from pullback._cli.writing import check_folder, write
+from pullback._cli.writing import check_place, write
 
 
 def run(arguments: argparse.Namespace) -> None:
     """One call, told to whom it is meant for."""
     if arguments.output is not None:
-        check_folder(arguments.output)
+        check_place(arguments.output)
     if not (arguments.input or arguments.inputs):
         raise UsageError("the following arguments are required: --input or --inputs")
     with connected(arguments) as client:
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(outcome.document(), allow_nan=False))
     else:
-        print(outcome.text())
+        say(outcome.text())
 
 
 def _evaluate(model: pullback.RemoteModel, call: Call, arguments: argparse.Namespace) -> Outcome:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pullback
 from pullback._cli.parser import defaults, parser
+from pullback._cli.tables import visible
 from pullback._cli.usage import UsageError
 
 
@@ -17,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises SystemExit: with 2 on bad usage, with 0 after --help and --version.
     """
+    _open_streams()
     arguments = parser().parse_args(argv, argparse.Namespace(**defaults()))
     run: Callable[[argparse.Namespace], None] = arguments.run
     # What gRPC's core says of a failed handshake, it says again in the error.
@@ -32,12 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     # ImportError: of the packages that only some commands need. TypeError: of arrays that make no request.
-    except (pullback.PullbackError, OSError, ValueError, TypeError, ImportError) as error:
-        print(f"pullback: {' '.join(_said(error, arguments).split())}", file=sys.stderr)
+    except (pullback.PullbackError, OSError, ValueError, TypeError, ImportError, MemoryError) as error:
+        print(f"pullback: {visible(' '.join(_said(error, arguments).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _open_streams() -> None:
+    """So that everything can be printed anywhere.
+
+    Of a stream that is closed (`>&-`) Python makes None, and what is opened next would get its descriptor. What the
+    locale cannot express is written out.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - open until the end
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _said(error: Exception, arguments: argparse.Namespace) -> str:

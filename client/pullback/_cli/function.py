@@ -199,7 +199,15 @@ def _none(option: str) -> str:
 
 def _integers(value: Any) -> bool:
     """Whether JSON holds integers alone."""
-    return all(map(_integers, value)) if isinstance(value, list) else type(value) is int
+    # Not by recursion: nobody has counted yet how deep lists are nested.
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif type(one) is not int:
+            return False
+    return True
 
 
 def _plain(value: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pullback._cli.connecting import LOADING, UPLOADING, connected
 from pullback._cli.describing import described, stated
-from pullback._cli.tables import columns, cut, print_json, sized, width
+from pullback._cli.tables import columns, cut, print_json, say, sized, width
 from pullback._cli.usage import UsageError
 from pullback._info import ModelInfo
 
@@ -23,19 +23,19 @@ def models(arguments: argparse.Namespace) -> None:
         print_json([_summary(model) for model in found])
         return
     if not found:
-        print(f"{client.target} hosts no models")
+        say(f"{client.target} hosts no models")
         return
     rows: list[tuple[str, ...]] = [("MODEL", "VERSION", "STATE", "PARAMETERS", "DERIVATIVES", "DESCRIPTION")]
     rows += [_row(model) for model in found]
     lines = columns(rows).splitlines()
     # A description is the last column; a program that reads a pipe gets all of it.
-    print("\n".join(cut(line, width()) for line in lines) if sys.stdout.isatty() else "\n".join(lines))
+    say("\n".join(cut(line, width()) for line in lines) if sys.stdout.isatty() else "\n".join(lines))
     for model in found:
         for one in model.version_statuses:
             if one.state != "ready" or one.reason:
-                print(f"{model.name} version {one.version} is {stated(one)}")
+                say(f"{model.name} version {one.version} is {stated(one)}")
         if not model.version_statuses and model.state != "ready":
-            print(f"{model.name} is {stated(model)}")
+            say(f"{model.name} is {stated(model)}")
 
 
 def _row(model: ModelInfo) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def describe(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(asdict(info))
     else:
-        print(described(info))
+        say(described(info))
 
 
 def graph(arguments: argparse.Namespace) -> None:
@@ -89,7 +89,7 @@ def unload(arguments: argparse.Namespace) -> None:
         print_json({"name": arguments.model, "version": arguments.version or "", "unloaded": True})
     else:
         version = f" version {arguments.version}" if arguments.version else ""
-        print(f"{arguments.model}{version} is unloaded")
+        say(f"{arguments.model}{version} is unloaded")
 
 
 def upload(arguments: argparse.Namespace) -> None:
@@ -129,10 +129,10 @@ def _print_loaded(info: ModelInfo, arguments: argparse.Namespace) -> None:
         return
     revision = f" revision {info.revision}" if info.revision else ""
     places = f" on {'; '.join(map(str, info.placements))}" if info.placements else ""
-    print(f"{info.name} version {info.version}{revision} is {stated(info)}{places}")
+    say(f"{info.name} version {info.version}{revision} is {stated(info)}{places}")
     for check in info.checks:
         if check.outcome not in ("passed", "skipped"):
-            print(f"  {check}")
+            say(f"  {check}")
 
 
 class _Progress:

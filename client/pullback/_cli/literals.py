@@ -8,6 +8,7 @@ Python's json writes, bare NaN, is read too). A complex number is a pair [real, 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from pullback._arrays import Array, tensor_dtype
 from pullback_wire.dtypes import COMPLEX, FLOATING, wire_dtype
 
+#: Axes that numpy's arrays have at most.
+_AXES = 64
 _WORDS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
@@ -47,9 +50,12 @@ def from_json(value: Any, dtype: np.dtype[Any], field: str) -> Array:
     if not isinstance(shape, list) or not all(type(extent) is int and extent >= 0 for extent in shape):
         raise ValueError(f"{field}: shape is {shape!r}, expected a list of extents")
     # Nested lists cannot say what is behind an extent of 0.
-    if list(array.shape) != shape and (array.size or int(np.prod(shape))):
+    if list(array.shape) != shape and (array.size or math.prod(shape)):
         raise ValueError(f"{field}: data has shape {list(array.shape)}, but shape says {shape}")
-    return array.reshape(shape)
+    try:
+        return array.reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"{field}: shape {shape} cannot be: {error}") from None
 
 
 @dataclass
@@ -61,10 +67,12 @@ class _Seen:
     high: int = 0
 
 
-def _plain(value: Any, seen: _Seen, field: str) -> Any:
+def _plain(value: Any, seen: _Seen, field: str, depth: int = 0) -> Any:
     """The same with numbers for words."""
     if isinstance(value, list):
-        return [_plain(element, seen, field) for element in value]
+        if depth == _AXES:
+            raise ValueError(f"{field}: lists are nested more than {_AXES} deep")
+        return [_plain(element, seen, field, depth + 1) for element in value]
     if isinstance(value, str) and value in _WORDS:
         value = _WORDS[value]
     if not isinstance(value, bool | int | float):

@@ -10,7 +10,7 @@ import pullback
 from pullback._cli import bench, derivatives, hosting, top
 from pullback._cli.connecting import DEFAULT_TARGET
 from pullback._cli.options import add_function, add_inputs, add_model, add_vectors
-from pullback._cli.usage import count, counts, seconds, shape
+from pullback._cli.usage import callers, count, seconds, shape
 from pullback._cli.writing import output_file
 
 _DESCRIPTION = (
@@ -213,7 +213,7 @@ def _bench(made: argparse.ArgumentParser, name: str) -> None:
     add_model(made)
     made.add_argument("--method", choices=("vjp", "evaluate", "jvp", "hvp"), default="vjp", help="what is called [vjp]")
     made.add_argument(
-        "--concurrency", type=counts, default=[1, 4, 16, 64], metavar="N,N", help="callers at once [1,4,16,64]"
+        "--concurrency", type=callers, default=[1, 4, 16, 64], metavar="N,N", help="callers at once [1,4,16,64]"
     )
     made.add_argument("--seconds", type=seconds, default=5.0, metavar="SECONDS", help="for each number of callers [5]")
     made.add_argument("--warmup", type=_warmup, default=1.0, metavar="SECONDS", help="before each, not counted [1]")

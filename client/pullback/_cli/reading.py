@@ -88,21 +88,34 @@ def _parsed(file: BinaryIO, path: str) -> Raw | dict[str, Raw]:
             return _npz(file)
         if head[8:9] == b"{" and head[6:8] == b"\0\0":
             return _safetensors(file.read())
-        found = json.loads(file.read())
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError, RecursionError) as error:
+        return json.loads(file.read(), object_pairs_hook=_object)
+    except ImportError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        # A file may hold anything, and each of zipfile, zlib, lzma, tokenize and numpy has errors of its own.
         raise ValueError(
             f"{path} cannot be read as .npy, .npz, .safetensors or JSON: {str(error) or type(error).__name__}"
         ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values of one name, which is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one name stands for two values, among {_listed(name for name, _ in pairs)}")
     return found
 
 
 def _npz(file: BinaryIO) -> dict[str, Array]:
     with zipfile.ZipFile(file) as archive:
-        arrays = {}
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
-        return arrays
+        arrays = []
+        for one in archive.infolist():
+            with archive.open(one) as member:
+                read = np.lib.format.read_array(member, allow_pickle=False)
+                arrays.append((one.filename.removesuffix(".npy"), read))
+        return _object(arrays)
 
 
 def _safetensors(data: bytes) -> dict[str, Array]:

@@ -44,7 +44,10 @@ def inputs(
             if one.shape is None:
                 raise ValueError(f"input {name!r}: the signature says no shape; give --shape {name}=..., or --input")
             shape = tuple(extent if isinstance(extent, int) else free.get(extent or "", 1) for extent in one.shape)
-        found[name] = _array(shape, kind, one, random)
+        try:
+            found[name] = _array(shape, kind, one, random)
+        except (ValueError, MemoryError) as error:
+            raise ValueError(f"input {name!r}: of the shape {list(shape)} none can be made: {error}") from None
     return found
 
 

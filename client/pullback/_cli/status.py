@@ -55,7 +55,13 @@ class Source:
                 connection.request("GET", f"/status.json?since={since!r}", headers=headers)
                 answer = connection.getresponse()
                 body = answer.read()
-            except (OSError, http.client.HTTPException) as error:
+            except http.client.HTTPException as error:
+                # Not in its own words: they are what came, be it binary.
+                raise ValueError(
+                    f"{self.url} answers, but not in HTTP ({type(error).__name__}): is it the metrics port, usually "
+                    f"{_PORT}?"
+                ) from None
+            except OSError as error:
                 raise ConnectionError(f"{self.url} cannot be reached: {error or type(error).__name__}") from None
         if answer.status != 200:
             raise ValueError(f"{self.url} {_REFUSED.get(answer.status, f'answers {answer.status} {answer.reason}')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 #: Columns of text that goes to a file or a pipe, whatever the terminal.
 _PIPE_WIDTH = 120
+#: What a terminal would take for commands.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "", right: str = "") -> str:
@@ -39,9 +42,20 @@ def cut(line: str, most: int) -> str:
     return line if len(line) <= most else line[: max(most - 1, 0)] + "…"
 
 
+def visible(text: str) -> str:
+    """The same with control characters written out: names and descriptions are what others made them."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def say(text: str) -> None:
+    """Prints it for people."""
+    print(visible(text), flush=True)
+
+
 def print_json(value: Any) -> None:
     """Prints a document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    unicode = "utf" in (sys.stdout.encoding or "").lower()
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode))
 
 
 def sized(count: float) -> str:

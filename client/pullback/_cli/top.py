@@ -24,6 +24,12 @@ class Watch:
 
     def look(self) -> dict[str, Any]:
         """Asks once. Raises OSError, ValueError."""
+        try:
+            return self._looked()
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.source.url} sent a status that cannot be read ({error!r})") from None
+
+    def _looked(self) -> dict[str, Any]:
         document = self.source.fetch(self._point["time"] if self._point else 0.0)
         now = document["now"]
         if self._point is not None and self._point["time"] < now["server"]["started"]:
@@ -35,8 +41,11 @@ class Watch:
         return document
 
     def view(self, document: dict[str, Any]) -> View:
-        """The same for people."""
-        return view(self.source.url, document["now"], self._point, self._rates)
+        """The same for people. Raises ValueError."""
+        try:
+            return view(self.source.url, document["now"], self._point, self._rates)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.source.url} sent a status that cannot be read ({error!r})") from None
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -101,6 +110,6 @@ class _Poller(threading.Thread):
             try:
                 self.view = self._watch.view(self._watch.look())
                 self.error, self.since = "", time.monotonic()
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 self.error = str(error)
             time.sleep(self._interval)

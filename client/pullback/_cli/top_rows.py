@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pullback._cli.tables import columns, duration, short, sized
+from pullback._cli.tables import columns, duration, short, sized, visible
 
 #: Seconds over which rates of models go, where that is known.
 _WINDOW = 10.0
@@ -75,7 +75,11 @@ def view(target: str, now: Mapping[str, Any], point: Mapping[str, Any] | None, r
         rows: list[tuple[str, ...]] = [("ERRORS OF THE LAST MINUTE", "CODE", "NUMBER")]
         rows += [(one["name"], one["code"], f"{one['last_minute']:,}") for one in errors]
         tables.append(Table("errors", "llr", rows))
-    return View(_head(target, now, point), tables)
+    return View([visible(line) for line in _head(target, now, point)], [_visible(table) for table in tables])
+
+
+def _visible(table: Table) -> Table:
+    return Table(table.title, table.sides, [tuple(map(visible, row)) for row in table.rows])
 
 
 def _head(target: str, now: Mapping[str, Any], point: Mapping[str, Any] | None) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -32,6 +34,7 @@ class Screen:
 
     def __enter__(self) -> Screen:
         with contextlib.ExitStack() as undo:
+            undo.enter_context(_terminated())
             undo.enter_context(_keys())
             undo.enter_context(self._live)
             self._undo = undo.pop_all()
@@ -49,8 +52,12 @@ class Screen:
             time.sleep(wait)
             return False
         ready, _, _ = select.select([sys.stdin], [], [], wait)
+        if not ready:
+            return False
+        # Of the terminal itself: what Python had read ahead, select would not tell of.
+        keys = os.read(sys.stdin.fileno(), 1024)
         # Empty where the terminal has gone.
-        return bool(ready) and sys.stdin.read(1) in ("q", "Q", "")
+        return not keys or b"q" in keys.lower()
 
     def draw(self, view: View | None, error: str, since: float) -> None:
         """Draws the last answer, and why there is no later one. since: monotonic time of that answer."""
@@ -80,6 +87,20 @@ def _drawn(table: Table, style: str) -> RichTable:
 def _cell(cell: str) -> Text:
     bad = any(word in cell for word in ("failed", "dead", "faulty"))
     return Text(cell, style="bold red" if bad else "")
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does: a terminal would else stay on the other screen, without an echo."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

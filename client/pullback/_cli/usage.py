@@ -10,19 +10,23 @@ import numpy as np
 
 from pullback._arrays import tensor_dtype
 
+#: Of a bench, at once.
+_CALLERS = 4096
+
 
 class UsageError(Exception):
     """Options that do not go together; said as argparse says that one is wrong, with exit status 2."""
 
 
 def seconds(text: str) -> float:
-    """A time above 0."""
+    """A time above 0, of less than thirty years."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    # More than this neither locks nor sleep take.
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0 and below 1e9")
     return number
 
 
@@ -40,9 +44,12 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def counts(text: str) -> list[int]:
-    """Whole numbers from 1 on, with commas between them."""
-    return [count(part.strip()) for part in text.split(",")]
+def callers(text: str) -> list[int]:
+    """Numbers of callers, with commas between them. Each is a thread."""
+    found = [count(part.strip()) for part in text.split(",")]
+    if max(found) > _CALLERS:
+        raise argparse.ArgumentTypeError(f"{max(found)} callers are more than {_CALLERS}, for each is a thread")
+    return found
 
 
 def names(text: str) -> list[str]:

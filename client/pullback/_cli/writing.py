@@ -28,10 +28,16 @@ def output_file(text: str) -> Path:
     return path
 
 
-def check_folder(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Better said before the call than after. Raises OSError."""
-    if not path.resolve().parent.is_dir():
+    target = path.resolve()
+    if not target.parent.is_dir():
         raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}")
+    # A whole file takes another's place, which a pipe or a device would not survive.
+    if target.exists() and not target.is_file():
+        raise OSError(f"--output {path}: there is something that is no regular file")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"--output {path}: nothing can be written to the folder {path.parent}")
 
 
 def write(path: Path, arrays: Mapping[str, Array]) -> None:
@@ -39,15 +45,19 @@ def write(path: Path, arrays: Mapping[str, Array]) -> None:
 
     Raises ValueError for arrays that a file of this kind cannot hold, OSError.
     """
-    path = path.resolve()
+    # A link stays one; the kind of file goes by the name that was given, whatever it leads to.
+    target = path.resolve()
     # Beside it, since only within a file system can one file take another's place.
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    draft = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with draft.open("xb") as file:
             _write(file, path, arrays)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        draft.replace(target)
+    except OSError as error:
+        # Not the draft's name, which nobody has given.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)
 

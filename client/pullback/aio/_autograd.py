@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from pullback import autograd
+from pullback import _backward, autograd
 from pullback._tensor import Tensor as SyncTensor
 from pullback.aio._held import in_turn
-from pullback.aio._tensor import Tensor
+from pullback.aio._tensor import Tensor, accumulate
 
 
 async def grad(
@@ -49,13 +49,4 @@ async def backward(
     inputs: SyncTensor | Sequence[SyncTensor] | None = None,
 ) -> None:
     """Accumulates the gradients of several tensors into `.grad` of leaves; see `pullback.autograd.backward`."""
-    tensors = tensors if isinstance(tensors, SyncTensor) else list(tensors)
-    await in_turn(
-        [tensors] if isinstance(tensors, SyncTensor) else tensors,
-        autograd.backward,
-        tensors,
-        grad_tensors,
-        retain_graph,
-        create_graph,
-        inputs,
-    )
+    await accumulate(*_backward.paired(tensors, grad_tensors), retain_graph, create_graph, inputs)

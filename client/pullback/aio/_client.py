@@ -73,6 +73,10 @@ class Client(ClientCalls):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is GeneratorExit:
+            # Nothing can be awaited any more.
+            self._transport.close()
+            return
         await self.close()
 
 

@@ -12,7 +12,7 @@ from pullback._session import Session, current
 from pullback._stream import Stream
 from pullback._tensor import Tensor as SyncTensor
 from pullback._transport import Transport
-from pullback.aio._threads import in_event_loop, in_thread, start
+from pullback.aio._threads import gently, in_event_loop, in_thread, start
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,17 +89,19 @@ class Held(Session):
             start(self._read)
 
     def _read(self) -> None:
-        # What ended the session is told to whoever asks for something next.
-        with contextlib.suppress(errors.PullbackError):
-            self._stream.wait(lambda: self._stream.in_flight <= _FEW, "session", self.deadline(None))
-        self._reading = False
+        try:
+            # What ended the session is told to whoever asks for something next.
+            with contextlib.suppress(errors.PullbackError):
+                self._stream.wait(lambda: self._stream.in_flight <= _FEW, "session", self.deadline(None))
+        finally:
+            self._reading = False
 
     async def wait_for(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """What a function returns that waits for this session. Raises RuntimeError in another event loop."""
         if asyncio.get_running_loop() is not self.loop:
             raise RuntimeError(f"{self!r} belongs to another event loop, in which it was opened; open one here")
         async with self.turn:
-            return await in_thread(function, *args, **kwargs)
+            return await gently(function, *args, **kwargs)
 
 
 async def in_turn(tensors: Iterable[Any], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
-from contextvars import Token
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
-
 from pullback._apply import Arguments
 from pullback._session import Session as SyncSession
-from pullback._session import current
+from pullback._session import current, enter, leave
+from pullback._tensor import Tensor as SyncTensor
 from pullback._tensor import tensor as make_tensor
 from pullback.aio._held import Held
 from pullback.aio._model import RemoteModel
 from pullback.aio._tensor import Tensor
-from pullback.aio._threads import in_thread, on_errand
+from pullback.aio._threads import gently, in_event_loop, in_thread, on_errand
 from pullback.aio._transport import LoopTransport
 
 P = ParamSpec("P")
@@ -25,6 +23,13 @@ R = TypeVar("R")
 
 #: Data of at least so many bytes is sent by a thread.
 _LARGE = 1 << 20
+#: Of a block that is left by one of these nothing may be waited for any more.
+_AT_ONCE = (asyncio.CancelledError, GeneratorExit)
+
+
+def _task() -> asyncio.Task[Any] | None:
+    """Who is running; None where a coroutine is collected that its loop has left."""
+    return asyncio.current_task() if in_event_loop() else None
 
 
 class Session:
@@ -47,7 +52,7 @@ class Session:
     def __init__(self, held: Held) -> None:
         self._held = held
         #: What was current before each `async with`, by task.
-        self._tokens: dict[asyncio.Task[Any] | None, list[Token[SyncSession | None]]] = {}
+        self._around: dict[asyncio.Task[Any] | None, list[SyncSession | None]] = {}
 
     def __repr__(self) -> str:
         return repr(self._held).replace("<pullback.Session", "<pullback.aio.Session", 1)
@@ -89,11 +94,13 @@ class Session:
         Arguments and errors as of `pullback.tensor`, and SessionLost. Of large data all is sent when this returns.
         """
         if isinstance(data, Tensor):
-            await data.ready()
             data = await data.numpy()
-        if not isinstance(data, np.ndarray) or data.nbytes < _LARGE:
+        if isinstance(data, bool | int | float | complex) or (
+            # Of a sync client's tensor the value may have to be waited for; of torch's and others the size is known.
+            not isinstance(data, SyncTensor | list | tuple) and getattr(data, "nbytes", _LARGE) < _LARGE
+        ):
             return self._put(data, requires_grad, dtype)
-        return await in_thread(self._put, data, requires_grad, dtype)
+        return await gently(self._put, data, requires_grad, dtype)
 
     def _put(self, data: Any, requires_grad: bool, dtype: Any) -> Tensor:
         made = make_tensor(data, requires_grad, dtype)
@@ -124,26 +131,26 @@ class Session:
 
     async def __aenter__(self) -> Session:
         self._held._stream.check("")
-        self._tokens.setdefault(asyncio.current_task(), []).append(current.set(self._held))
+        enter(self._held, self._around, _task())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        task = asyncio.current_task()
-        mine = self._tokens[task]
-        current.reset(mine.pop())
-        if not mine:
-            del self._tokens[task]
-        if kind is asyncio.CancelledError and not self._tokens:
-            self._held._stream.hang_up()
-            return
+        leave(self._around, _task())
+        at_once = kind is not None and issubclass(kind, _AT_ONCE)
         try:
             if kind is None:
                 await self.synchronize()
+        except _AT_ONCE:
+            at_once = True
+            raise
         finally:
-            if not self._tokens:
-                await self.close()
+            if not self._around:
+                if at_once:
+                    self._held._stream.hang_up()
+                else:
+                    await self.close()
 
 
 class Opening:

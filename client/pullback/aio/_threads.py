@@ -37,6 +37,11 @@ def in_event_loop() -> bool:
     return asyncio._get_running_loop() is not None
 
 
+def works_for_a_task() -> bool:
+    """Whether this is a thread in which a task of an event loop has something done that blocks."""
+    return not in_event_loop() and _home.get() is not None
+
+
 async def in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """What a function returns, called in a thread with this task's context. Cancelled, it runs on for nobody."""
     return await _started(contextvars.copy_context(), lambda: function(*args, **kwargs))
@@ -44,12 +49,20 @@ async def in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
 
 async def on_errand(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """As `in_thread`; cancelled, what it waits for on the server is ended too."""
-    mine = Errand()
+    return await _sent(Errand(), lambda: function(*args, **kwargs))
+
+
+async def gently(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """As `in_thread`; cancelled, it ends no session by being late, and sends no more of a large tensor."""
+    return await _sent(Errand(gentle=True), lambda: function(*args, **kwargs))
+
+
+async def _sent(mine: Errand, call: Callable[[], R]) -> R:
     context = contextvars.copy_context()
     context.run(errand.set, mine)
     try:
-        return await _started(context, lambda: function(*args, **kwargs))
-    except asyncio.CancelledError:
+        return await _started(context, call)
+    except (asyncio.CancelledError, GeneratorExit):
         mine.give_up()
         raise
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 from pullback._calls import Metadata
 from pullback._channel import bearer
 from pullback._fork import gate
-from pullback._transport import Trailers, Transport
+from pullback._transport import LONGEST, Trailers, Transport
 from pullback.aio._threads import finished, in_thread, on_errand
 from pullback_wire.framing import Buffer
 
@@ -48,6 +49,21 @@ class LoopTransport(Transport):
         """For threads. Raises RuntimeError in an event loop."""
         return cast(R, finished(coroutine))
 
+    def where(self) -> object:
+        """See `Transport.where`."""
+        return gate.generation, asyncio.get_running_loop()
+
+    def event(self) -> Any:
+        """See `Transport.event`."""
+        return asyncio.Event()
+
+    async def until(self, event: Any, deadline: float) -> bool:
+        """See `Transport.until`."""
+        left = deadline - time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(event.wait(), None if left > LONGEST else max(left, 0.0))
+        return bool(event.is_set())
+
     async def unary(
         self, path: str, data: bytes, timeout: float | None, metadata: Metadata, told: bool
     ) -> tuple[bytes, Trailers]:
@@ -70,7 +86,8 @@ class LoopTransport(Transport):
         call.add_done_callback(over)
         try:
             await answered
-        except asyncio.CancelledError:
+        except BaseException:
+            # A cancelled task, or one whose loop was closed over it.
             call.cancel()
             raise
         answer: bytes = call.result()

@@ -18,11 +18,11 @@ from pullback.conformance import _report
 from pullback.conformance._check import Check, Finding, Verdict
 from pullback.conformance._run import NotServing, checks, run
 
-PASSED, FAILED, NOT_RUN = 0, 1, 2
+PASSED, FAILED, NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: nothing failed. 1: something did. 2: the checks could not be made."""
+    """0: nothing failed. 1: something did. 2: the checks could not be made, or of no model. 130: Ctrl-C."""
     parser = _parser()
     told = parser.parse_args(arguments)
     chosen = checks(told.only, told.skip)
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("a target is needed, such as localhost:8470")
     if not chosen:
         parser.error("no check has such an id; --list shows them")
+    findings: list[Finding] = []
+    interrupted = False
     try:
         settings = {
             "models": told.model,
@@ -44,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "patience": told.patience,
             **_tls(told),
         }
-        findings: list[Finding] = []
         for finding in run(told.target, **settings):
             findings.append(finding)
             if not told.json:
@@ -52,12 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NotServing, OSError, ValueError, zipfile.BadZipFile) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return NOT_RUN
+    except KeyboardInterrupt:
+        interrupted = True
     if told.json:
-        json.dump(_report.as_json(told.target, findings), sys.stdout, indent=1)
+        json.dump({**_report.as_json(told.target, findings), "interrupted": interrupted}, sys.stdout, indent=1)
         print()
     else:
-        print(_report.summary(findings))
-    return FAILED if any(finding.verdict is Verdict.FAIL for finding in findings) else PASSED
+        print(_report.summary(findings) + (", and then Ctrl-C" if interrupted else ""))
+    if interrupted:
+        return INTERRUPTED
+    if any(finding.verdict is Verdict.FAIL for finding in findings):
+        return FAILED
+    of_models = [finding for finding in findings if finding.check.for_each_model]
+    if of_models and not any(finding.verdict is Verdict.PASS for finding in of_models):
+        # Of an empty server nothing is wrong, but whoever asks should not take that for a promise kept.
+        print(f"{parser.prog}: no check of a model could be made; --reasons says why", file=sys.stderr)
+        return NOT_RUN
+    return PASSED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,7 +136,12 @@ def _given(text: str) -> tuple[str, dict[str, np.ndarray]]:
 
 
 def _metadata(told: argparse.Namespace) -> tuple[tuple[str, str | bytes], ...]:
-    return (("authorization", f"Bearer {told.token.strip()}"),) if told.token else ()
+    if not told.token:
+        return ()
+    token = told.token.strip()
+    if not all("!" <= letter <= "~" for letter in token):
+        raise ValueError("the token has characters other than printable ASCII")
+    return (("authorization", f"Bearer {token}"),)
 
 
 def _tls(told: argparse.Namespace) -> dict[str, Any]:

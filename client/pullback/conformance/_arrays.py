@@ -18,6 +18,8 @@ _EXTENTS = ((3, 4, 5, 2), (2, 3, 4, 5), (8, 8, 8, 8), (16, 16, 16, 16), (32, 32,
 #: Shapes tried for an input that declares none.
 _SHAPES: tuple[tuple[int, ...], ...] = ((3, 4), (4,), (), (2, 3, 4), (2, 3, 8, 8))
 _ANY_DTYPE = (pb.DTYPE_FLOAT64, pb.DTYPE_FLOAT32)
+#: Integers that are drawn are no further from 0.
+_FAR = 1 << 62
 #: Most elements of one input.
 _MOST = 1 << 20
 
@@ -91,8 +93,9 @@ def _extent(dim: pb.Dim, extents: dict[str, int], free: Sequence[int]) -> int:
 def _values(
     generator: np.random.Generator, spec: pb.TensorSpec, dtype: np.dtype, shape: Sequence[int], positive: bool
 ) -> np.ndarray:
-    low = spec.minimum if spec.HasField("minimum") else None
-    high = spec.maximum if spec.HasField("maximum") else None
+    # An infinite bound is none.
+    low = spec.minimum if spec.HasField("minimum") and math.isfinite(spec.minimum) else None
+    high = spec.maximum if spec.HasField("maximum") and math.isfinite(spec.maximum) else None
     if is_complex(dtype):
         return drawn(generator, dtype, shape)
     if is_floating(dtype):
@@ -106,6 +109,8 @@ def _values(
         return np.asarray(values).astype(dtype)
     if dtype == np.bool_:
         return np.asarray(generator.integers(0, 2, shape)).astype(bool)
-    first = int(low) if low is not None else 0
-    last = int(high) if high is not None else first + 1
+    first = math.ceil(low) if low is not None else min(0, math.floor(high)) if high is not None else 0
+    last = math.floor(high) if high is not None else first + 1
+    # As far as numpy draws numbers; of a range that wide a part is as good.
+    first, last = max(first, -_FAR), min(last, _FAR)
     return np.asarray(generator.integers(first, last + 1, shape)).astype(dtype)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pullback.conformance._arrays import drawn, rng
 from pullback.conformance._check import Skip, expect_equal, of_model
-from pullback.conformance._numbers import agrees, inner, is_floating, moved, norm, same, slope
+from pullback.conformance._numbers import agrees, epsilon, inner, is_floating, moved, norm, same, slope
 from pullback.conformance._subject import Subject
 from pullback.conformance._wire import Refused
 from pullback_wire import DTYPES
@@ -139,5 +139,5 @@ def given(subject: Subject) -> None:
     def value(step: float) -> float:
         return inner(cotangents, subject.evaluate(parameters=moved(parameters, unit, step)))
 
-    slope_, error = slope(value, max(subject.eps, float(np.finfo(values.dtype).eps)), norm(cotangents) * norm(outputs))
+    slope_, error = slope(value, max(subject.eps, epsilon(values.dtype)), norm(cotangents) * norm(outputs))
     agrees(inner({name: gradient}, unit), slope_, error, norm({name: gradient}), "<g, t> of the parameter =")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from pullback.conformance._arrays import like, rng
+from pullback.conformance._arrays import Way, like, rng
+from pullback.conformance._arrays import inputs as drawn_inputs
 from pullback.conformance._check import Mismatch, Skip, expect, expect_equal, of_model, of_server
 from pullback.conformance._numbers import described, is_differentiable, is_floating, same, told
 from pullback.conformance._refusal import check_refusal
@@ -17,6 +19,8 @@ from pullback_wire import DTYPES, GRADIENT_METHODS, MODEL_METHODS, Reason, numpy
 from pullback_wire.v1 import model_service_pb2 as pb
 from pullback_wire.v1 import tensor_pb2
 
+#: What both say of a model, as long as it is the same one.
+_LISTED = ("version", "versions", "inputs", "outputs", "batch_axis", "orders", "parameter_count", "description")
 #: Of these a server may do without.
 _OPTIONAL = ("GetModelGraph", "LoadModel", "UnloadModel")
 
@@ -70,6 +74,11 @@ def listing(house: House) -> None:
 def get(subject: Subject) -> None:
     model = subject.wire.model("GetModel", pb.GetModelRequest(name=subject.name)).model
     expect_equal(model.name, subject.name, "the name")
+    listed = subject.listed
+    if listed is not None and (listed.state, listed.revision) == (model.state, model.revision):
+        for told_field in _LISTED:
+            one, other = getattr(model, told_field), getattr(listed, told_field)
+            expect(one == other, f"{told_field} as ListModels has it: {other!r}", repr(one))
     expect(model.version in model.versions, f"version {model.version!r} among versions", list(model.versions))
     for version in model.versions:
         found = subject.wire.model("GetModel", pb.GetModelRequest(name=subject.name, version=version)).model
@@ -104,12 +113,29 @@ def outputs(subject: Subject) -> None:
         raise Skip("its signature declares no outputs")
     answer = subject.wire.ask(subject.draft("Evaluate"))
     expect_equal([tensor.name for tensor in answer.message.outputs], [spec.name for spec in specs], "outputs named")
+    _fit(subject, subject.inputs, answer.outputs())
+    free = any(dim.WhichOneof("extent") == "symbol" for spec in subject.model.inputs for dim in spec.shape)
+    if subject.given or not free or all(spec.any_shape for spec in specs):
+        return
+    optional = any(spec.optional and spec.name in subject.inputs for spec in subject.model.inputs)
+    way = Way((4, 6, 9), (4,), tensor_pb2.DTYPE_FLOAT64, True)
+    try:
+        # Of other extents: those of the first call may agree by chance.
+        others = drawn_inputs(subject.model.inputs, way, "other", optional)
+        found = subject.evaluate(others)
+    except (Refused, ValueError):
+        return
+    _fit(subject, others, found)
+
+
+def _fit(subject: Subject, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
     extents: dict[str, int] = {}
     for spec in subject.model.inputs:
-        if spec.name in subject.inputs:
-            _fits(spec, subject.inputs[spec.name], extents, "input")
-    for spec in specs:
-        _fits(spec, answer.outputs()[spec.name], extents, "output")
+        if spec.name in inputs:
+            _fits(spec, inputs[spec.name], extents, "input")
+    for spec in subject.model.outputs:
+        expect(spec.name in outputs, f"an output {spec.name!r}", list(outputs))
+        _fits(spec, outputs[spec.name], extents, "output")
 
 
 def _fits(spec: tensor_pb2.TensorSpec, array: np.ndarray, extents: dict[str, int], what: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pullback.conformance._arrays import drawn, rng
 from pullback.conformance._check import Skip, expect, of_model, of_server
-from pullback.conformance._numbers import is_complex, is_differentiable, is_floating
+from pullback.conformance._numbers import is_complex, is_differentiable, is_floating, largest
 from pullback.conformance._refusal import refused, refuses, vjp_of
 from pullback.conformance._subject import House, Subject
 from pullback.conformance._wire import Refused
@@ -88,9 +88,10 @@ def _only(subject: Subject) -> np.ndarray:
 @of_server("errors.not_differentiable", "A wrt that is neither floating-point nor complex is NOT_DIFFERENTIABLE.")
 def not_differentiable(house: House) -> None:
     def fits(one: Subject) -> bool:
-        return any(not is_differentiable(array.dtype) for array in one.inputs.values())
+        kinds = [{is_differentiable(array.dtype) for array in of.values()} for of in (one.inputs, one.outputs)]
+        return False in kinds[0] and True in kinds[1]
 
-    subject = house.among(fits, "has an integer input")
+    subject = house.among(fits, "has an integer input, and an output that could be differentiated")
     name = next(key for key, array in subject.inputs.items() if not is_differentiable(array.dtype))
     output = {key: array for key, array in subject.outputs.items() if is_differentiable(array.dtype)}
     cotangents = {key: drawn(rng(key), array.dtype, array.shape) for key, array in output.items()}
@@ -145,7 +146,7 @@ def not_finite(house: House) -> None:
     if "mse_loss" not in {loss.name for loss in subject.model.losses} or len(subject.outputs) > 1:
         raise Skip("the plainest model has no mse_loss")
     output = _only(subject)
-    target = np.full(output.shape, 0.5 * float(np.finfo(output.dtype).max), output.dtype)
+    target = np.full(output.shape, 0.5 * largest(output.dtype), output.dtype)
     more: dict[str, Any] = {"loss": "mse_loss", "cotangents": None, "targets": {"target": target}}
     answer = house.wire.ask(vjp_of(subject, **more)).outputs()
     expect(not np.isfinite(answer["loss"]).any(), "an infinite loss, which is a value", answer)

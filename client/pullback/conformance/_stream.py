@@ -48,9 +48,13 @@ class Session:
                 models=[pb.ModelRef(name=name) for name in models], credit_bytes=credit, chunk_threshold=threshold
             )
             number = self.send(pb.SessionRequest(open=opening), note=f"open a session for {list(models)}")
-            frame, _ = self.wait(number)
-            if frame.WhichOneof("frame") != "opened":
-                raise Mismatch("`opened` in answer to `open`", repr(frame.WhichOneof("frame")))
+            try:
+                frame, _ = self.wait(number)
+                if frame.WhichOneof("frame") != "opened":
+                    raise Mismatch("`opened` in answer to `open`", repr(frame.WhichOneof("frame")))
+            except BaseException:
+                self.close()
+                raise
             self.opened = frame.opened
             self.granted += frame.opened.credit_bytes
 
@@ -143,7 +147,9 @@ class Session:
                 raise Mismatch("no frame beside a status that is not OK", repr(frame.WhichOneof("frame")))
             import grpc
 
-            name = next(code.name for code in grpc.StatusCode if code.value[0] == frame.status.code)
+            name = next((code.name for code in grpc.StatusCode if code.value[0] == frame.status.code), "")
+            if not name:
+                raise Mismatch("a status code of gRPC's", str(frame.status.code))
             size = sum(detail.ByteSize() for detail in frame.status.details)
             raise Refused(name, frame.status.message, frame.status.details, size, self._wire.asked)
         return frame, payloads

@@ -20,6 +20,8 @@ from pullback_wire.v1 import model_service_pb2 as pb
 
 #: Attempts to find inputs that a model takes.
 _ATTEMPTS = 24
+#: Codes of a server that hangs or is gone.
+_NOBODY = ("DEADLINE_EXCEEDED", "UNAVAILABLE")
 #: Causes that are the model's, so that the server has nothing to answer for.
 _MODELS_OWN = ("MODEL_ERROR", "NOT_DIFFERENTIABLE", "UNSUPPORTED_BY_MODEL")
 
@@ -29,7 +31,7 @@ class Subject:
     """A model, inputs that it takes, and what it answers to them.
 
     inputs, outputs: by name. cotangents: random, for each differentiable output. wrt: the differentiable inputs that
-    the outputs depend on; unused: the others. given: inputs came from the user.
+    the outputs depend on; unused: the others. given: inputs came from the user. listed: what ListModels said of it.
     problem: why the model cannot be computed; refusal: where it was one. first: the refusal of the first VJP, where it
     has none. wrong: what it answered does not keep the contract, so that nothing more can be asked.
     """
@@ -45,6 +47,7 @@ class Subject:
     problem: str = ""
     refusal: Refused | None = None
     first: Refused | None = None
+    listed: pb.Model | None = None
     wrong: Mismatch | None = None
 
     @property
@@ -185,16 +188,16 @@ def discover(
     """The models that the server lists, and those that match a glob, with inputs. Raises Refused, Mismatch."""
     listed = list(wire.model("ListModels", pb.ListModelsRequest()).models)
     chosen = [one for one in listed if not globs or any(fnmatchcase(one.name, glob) for glob in globs)]
-    return listed, (subject_of(wire, one.name, given.get(one.name)) for one in chosen)
+    return listed, (subject_of(wire, one, given.get(one.name)) for one in chosen)
 
 
-def subject_of(wire: Wire, name: str, given: Mapping[str, np.ndarray] | None) -> Subject:
+def subject_of(wire: Wire, listed: pb.Model, given: Mapping[str, np.ndarray] | None) -> Subject:
     """One model. Raises Mismatch where an answer cannot be read."""
     try:
-        model = wire.model("GetModel", pb.GetModelRequest(name=name)).model
+        model = wire.model("GetModel", pb.GetModelRequest(name=listed.name)).model
     except Refused as refused:
-        return Subject(wire, pb.Model(name=name), problem=f"GetModel answers {refused.words}", refusal=refused)
-    subject = Subject(wire, model, given=given is not None)
+        return Subject(wire, listed, listed=listed, problem=f"GetModel answers {refused.words}", refusal=refused)
+    subject = Subject(wire, model, given=given is not None, listed=listed)
     if model.state != pb.MODEL_STATE_READY:
         subject.problem = f"it is not ready ({pb.ModelState.Name(model.state)})"
         return subject
@@ -205,6 +208,10 @@ def subject_of(wire: Wire, name: str, given: Mapping[str, np.ndarray] | None) ->
     except Mismatch as wrong:
         subject.wrong = Mismatch(wrong.expected, wrong.received, wrong.asked or wire.asked)
         subject.problem = str(wrong)
+    except Exception as error:
+        # A signature with a dtype that there is not, say: as in a check, the server's doing.
+        subject.wrong = Mismatch("an answer that keeps the contract", f"{error!r}", wire.asked)
+        subject.problem = str(subject.wrong)
     return subject
 
 
@@ -218,6 +225,9 @@ def _find_inputs(subject: Subject, given: Mapping[str, np.ndarray] | None) -> No
         except Refused as refused:
             # The first: later attempts are less likely.
             subject.refusal = subject.refusal or refused
+            if refused.code in _NOBODY:
+                # Other inputs would wait as long.
+                break
             continue
         spare = spare or (inputs, outputs)
         if finite(outputs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax.numpy as jnp
@@ -43,11 +43,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Out:
-    """An output. name: None: it is the only one, and the server has not told what it is called."""
+    """An output.
+
+    name: None: it is the only one, and the server has not told what it is called.
+    batched: whether it has the model's batch axis, as it comes.
+    """
 
     name: str | None
     shape: Shape
     dtype: np.dtype[np.generic]
+    batched: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,9 @@ class Call:
 
     rows: the points are one row each, and so are the outputs: the batch axis is added on the way.
     axis: the model's batch axis; None: it has none.
+    version: and revision of the model, whose signature this was made of.
+    fixed_seed: that each call is sent where no point is a seed; None: the model draws nothing.
+    cut: by what is asked, the outputs that were found not to depend on what is differentiated by; grows.
     """
 
     model: RemoteModel
@@ -67,6 +75,9 @@ class Call:
     axis: int | None
     timeout: float | None
     concurrency: int
+    version: tuple[str, int] = ("", 0)
+    fixed_seed: int | None = None
+    cut: dict[object, frozenset[int]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<{self.model.name}>"
@@ -175,6 +186,13 @@ def batched_inputs(info: ModelInfo) -> frozenset[str]:
         for name, shape in shapes.items()
         if symbol is not None and shape is not None and shape.count(symbol) == 1 and shape.index(symbol) == axis
     )
+
+
+def draws_nothing(info: ModelInfo) -> bool:
+    """Whether it is known that the model gives the same twice, in eval mode and without a seed."""
+    same = any(check.name == "determinism" and check.outcome in ("passed", "noted") for check in info.checks)
+    # Rows that were proven independent were the same in every company.
+    return same or info.max_batch_rows > 0
 
 
 def size_of(shape: Shape) -> int:

@@ -15,9 +15,9 @@ from pullback import errors
 from pullback._info import ModelInfo, TensorInfo
 from pullback._loss import Loss
 from pullback._model import RemoteModel
-from pullback.jax._call import Call, Point, batched_inputs
+from pullback.jax._call import Call, Point, batched_inputs, draws_nothing
 from pullback.jax._primitives import evaluate_p
-from pullback.jax._signature import as_jax, outs_of, point
+from pullback.jax._signature import as_jax, outs_of, point, signed
 
 Named = dict[str, jax.Array]
 
@@ -44,9 +44,10 @@ def remote_function(
     model: from `Client.model`.
     rows: True: the function takes one row of each input, without the model's batch axis, and returns one row of each
         output. Under vmap, nested too, all rows go in one call where the server has proven that they are independent.
+        Of a loss's tensors `target` is one row as well, the others go as they are.
     outputs: shapes and dtypes of the outputs: a jax.ShapeDtypeStruct, a dict of them by name where there are several,
-        or a function that returns this for a dict of the inputs' ones. None: the first trace with new shapes of inputs
-        evaluates the model once, at made-up points, to see.
+        or a function that returns this for a dict of the inputs' ones. None: they are what the model's signature says;
+        where it does not, the first trace with new shapes of inputs evaluates the model once, at made-up points.
     loss: as of RemoteModel's methods; the function is then the loss.
     train: run as after module.train(); needs a seed with each call, as JAX's functions are pure.
     timeout: seconds of each call of the server and its retries; None: the client's default.
@@ -70,13 +71,15 @@ class RemoteFunction:
         of JAX's or numpy's, or numbers. Integers may have fewer bits than the model declares.
     parameters: by name, used instead of the hosted ones; gradients flow to them as to inputs.
     target, targets: of the loss, by name; gradients flow to floating-point ones where the loss has them.
-    seed: an int, or a key of jax.random: what random numbers of the model are drawn by.
+    seed: an int, or a key of jax.random: what random numbers of the model are drawn by. Without one, a model that draws
+        some in eval mode too draws the same in every call.
 
     Returns an array, or a dict by name where the model has several outputs.
 
     Raises, while JAX traces: TypeError for dtypes, BadName, BadTensor for names and shapes, what the server says of the
     model, and OrderUnavailable for derivatives that it surely does not have. When the function runs: PullbackError;
-    inside jit JAX raises its own JaxRuntimeError instead, whose message has the client's error, class and sentence.
+    inside jit JAX raises its own JaxRuntimeError instead (or a ValueError, by the way that it calls what is compiled),
+    whose message has the client's error, class and sentence.
     """
 
     def __init__(
@@ -100,6 +103,10 @@ class RemoteFunction:
         self._calls: dict[Any, Call] = {}
         # What jax.jit shows, and what functools.wraps in JAX looks for.
         self.__name__ = model.name
+
+    def __reduce__(self) -> Any:
+        given = (self.model, self._rows, self._outputs, self._loss, self._train, self._timeout, self._concurrency)
+        return RemoteFunction, given
 
     def __repr__(self) -> str:
         return f"remote_function({self.model!r}{', rows=True' if self._rows else ''})"
@@ -144,7 +151,7 @@ class RemoteFunction:
             operands.append(_seed(seed))
         elif self._train:
             raise TypeError("seed is missing: in train mode a model draws random numbers, and JAX's functions are pure")
-        call = self._call(info, tuple(points))
+        call = self._call(info, tuple(points), extents)
         found = evaluate_p.bind(*operands, call=call, sizes=(), masks=((),) * len(points))
         if len(call.outs) == 1:
             return found[0]
@@ -160,12 +167,15 @@ class RemoteFunction:
             )
         return info
 
-    def _call(self, info: ModelInfo, points: tuple[Point, ...]) -> Call:
+    def _call(self, info: ModelInfo, points: tuple[Point, ...], extents: Mapping[str, int]) -> Call:
         """The call for such points: always the same one, as JAX's caches know it by identity."""
         key = (points, info.version, info.revision, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
         call = self._calls.get(key)
         if call is None:
-            outs = outs_of(self.model, info, points, self._rows, self._loss, self._train, self._outputs, self._timeout)
+            told = self._outputs
+            if told is None and self._loss is None and not self._train:
+                told = signed(info, points, extents, self._rows)
+            outs = outs_of(self.model, info, points, self._rows, self._loss, self._train, told, self._timeout)
             call = Call(
                 model=self.model,
                 points=points,
@@ -176,6 +186,9 @@ class RemoteFunction:
                 axis=info.batch_axis,
                 timeout=self._timeout,
                 concurrency=self._concurrency,
+                version=(info.version, info.revision),
+                # JAX takes functions for pure: a value and its derivatives must not be those of two draws.
+                fixed_seed=None if draws_nothing(info) else 0,
             )
             call = self._calls.setdefault(key, call)
         return call

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from pullback import errors
 from pullback._arrays import Array
 from pullback._info import ModelInfo
-from pullback.jax._call import Call, Masks, Shape, is_symmetric
+from pullback.jax._call import Call, Masks, Shape, batched_inputs, is_symmetric
 from pullback.jax._wire import Once, dense_hvp, dense_jvp, once
 
 
@@ -67,6 +67,8 @@ def execute(call: Call, ask: Ask, sizes: Shape, masks: Masks, operands: Sequence
                 f"model {info.name!r} was replaced by one with a backward of its own, for which this function was not "
                 "traced; call jax.clear_caches()"
             )
+        if (info.version, info.revision) != call.version:
+            _check_axis(call, info)
         results = _Plan(call, ask, info, sizes, masks).run(operands)
         now = call.model.info
         if (now.version, now.revision) == (info.version, info.revision):
@@ -101,7 +103,7 @@ class _Plan:
         call, ask = self.call, self.ask
         return [
             *(point.batched for point in call.points),
-            *(True for _ in ask.pulled),
+            *(call.outs[i].batched for i in ask.pulled),
             *(call.points[i].batched for i in ask.moved),
         ]
 
@@ -186,10 +188,21 @@ class _Plan:
             return None
 
 
+def _check_axis(call: Call, info: ModelInfo) -> None:
+    """Raises Aborted where another version has its rows elsewhere than the one that the call was made for."""
+    batched = {point.name for point in call.points if point.place == "input" and point.batched}
+    given = {point.name for point in call.points if point.place == "input"}
+    if info.batch_axis != call.axis or batched != batched_inputs(info) & given:
+        raise errors.Aborted(
+            f"model {info.name!r} was replaced by one with another batch axis, for which this function was not traced; "
+            "call jax.clear_caches()"
+        )
+
+
 def _rows_are_independent(call: Call, info: ModelInfo) -> bool:
     """Whether rows of several points may go through the model together, as the server has proven and as it does."""
     axis = info.batch_axis
-    if axis is None or axis != call.axis or info.max_batch_rows == 0 or call.train or call.seeded:
+    if axis is None or info.max_batch_rows == 0 or call.train or call.seeded:
         return False
     if call.loss is not None or any(point.place == "input" and not point.batched for point in call.points):
         return False
@@ -225,8 +238,9 @@ def _at_once(
     with ThreadPoolExecutor(min(limit, len(places)), thread_name_prefix="pullback-jax") as pool:
         futures = [pool.submit(contextvars.copy_context().run, compute, place) for place in places]
         try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+            # Whichever fails first, those that have not begun are in vain.
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in done if future.exception() is not None]
+            return [future.result() for future in (failed or futures)]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

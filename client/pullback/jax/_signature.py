@@ -116,8 +116,7 @@ def outs_of(
 ) -> tuple[Out, ...]:
     """What a call at such points returns.
 
-    outputs: what the user says it is; None: asked of the server by evaluating the model once at made-up points, as a
-    signature names the outputs, but has no shapes.
+    outputs: what is known of them; None: asked of the server by evaluating the model once at made-up points.
 
     Raises TypeError for what is no shape, and for 64 bits where JAX has them turned off; PullbackError.
     """
@@ -127,23 +126,56 @@ def outs_of(
         named = [(str(name), one) for name, one in found.items()]
     else:
         named = [(known[0] if len(known) == 1 else None, found)]  # type: ignore[list-item]
-    axis = info.batch_axis if rows and outputs is None else None
+    # A loss that is not reduced has the rows of the outputs.
+    batched = loss is None or loss.options.get("reduction") == "none" or loss.options.get("reduce") is False
+    axis = info.batch_axis if rows and batched and outputs is None else None
     made = []
     for name, one in named:
         shape, dtype = tuple(one.shape), np.dtype(one.dtype)
         if axis is not None:
-            if loss is None and (len(shape) <= axis or shape[axis] != 1):
+            if len(shape) <= axis or shape[axis] != 1:
                 raise errors.UnsupportedByModel(
                     f"model {model.name!r} returns {name or 'an output'!r} of the shape {list(shape)} for one row; "
                     f"rows=True needs the batch axis {axis} in every output"
                 )
-            shape = shape if loss is not None else shape[:axis] + shape[axis + 1 :]
+            shape = shape[:axis] + shape[axis + 1 :]
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise TypeError(f"model {model.name!r} returns {name or 'an output'!r} as {dtype}; {_X64}")
-        made.append(Out(name, shape, dtype))
+        made.append(Out(name, shape, dtype, batched and info.batch_axis is not None))
     if not made:
         raise errors.UnsupportedByModel(f"model {model.name!r} returns no tensor")
     return tuple(made)
+
+
+def signed(info: ModelInfo, points: Sequence[Point], extents: Mapping[str, int], rows: bool) -> Outputs:
+    """The outputs in eval mode as the signature has them; None: it does not say all of it.
+
+    extents: of the free extents by name, without the batch axis where the points are rows.
+    """
+    sizes = dict(extents)
+    axis = info.batch_axis
+    if rows and axis is not None:
+        batched = {one.name for one in points if one.place == "input" and one.batched}
+        names = {spec.shape[axis] for spec in info.inputs if spec.name in batched and spec.shape is not None}
+        if any(sizes.get(str(name), 1) != 1 for name in names):
+            return None
+        sizes |= {str(name): 1 for name in names}
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    for spec in info.outputs:
+        shape = [sizes.get(extent) if isinstance(extent, str) else extent for extent in spec.shape or ()]
+        if spec.dtype is None or spec.shape is None or None in shape:
+            return None
+        if rows and axis is not None:
+            # One that is not of rows is told as such by the evaluation.
+            if len(shape) <= axis or shape[axis] != 1:
+                return None
+            del shape[axis]
+        made: Any = jax.ShapeDtypeStruct
+        dtype = numpy_dtype(dtype_number(spec.dtype))
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            return None
+        found[spec.name] = made(tuple(shape), dtype)
+    return (found if len(found) > 1 else next(iter(found.values()))) if found else None
 
 
 def _told(outputs: Any, points: Sequence[Point]) -> Any:

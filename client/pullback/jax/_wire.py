@@ -9,8 +9,8 @@ JAX pairs a cotangent with a tangent as Re(sum c t), torch as Re(sum conj(v) t).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,47 @@ class Once:
 
 
 def once(task: Once, operands: Sequence[Array]) -> list[Array]:
-    """The results for operands that have [cotangents, rows] in front, where they have those. Results too."""
+    """The results for operands that have [cotangents, rows] in front, where they have those. Results too.
+
+    Of several outputs, one that does not depend on what is differentiated by adds nothing: JAX gives it a cotangent
+    too. The server refuses such a cotangent, so which ones these are is learned from its refusals.
+
+    Raises NotDifferentiable where no output depends on it; PullbackError, TypeError.
+    """
+    if task.kind not in ("vjp", "hvp"):
+        return _one_call(task, operands)
+    info = task.call.model.info
+    key = (task.kind, task.wrt, task.pulled, task.moved, info.version, info.revision)
+    cut = task.call.cut.get(key, frozenset())
+    try:
+        return _one_call(*_without(task, operands, cut))
+    except errors.NotDifferentiable as error:
+        refused = error
+    parts, cut = [], frozenset()
+    for i in task.pulled if len(task.pulled) > 1 else ():
+        try:
+            parts.append(_one_call(*_without(task, operands, {*task.pulled} - {i})))
+        except errors.NotDifferentiable:
+            cut |= {i}
+    if not parts:
+        refused.add_note("Where that is meant, jax.lax.stop_gradient around the output says so.")
+        raise refused
+    now = task.call.model.info
+    if (now.version, now.revision) == (info.version, info.revision):
+        task.call.cut[key] = cut
+    return [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
+
+
+def _without(task: Once, operands: Sequence[Array], cut: Collection[int]) -> tuple[Once, list[Array]]:
+    """The same, without cotangents for some outputs."""
+    first = len(task.call.points)
+    last = first + len(task.pulled)
+    pulled = tuple(i for i in task.pulled if i not in cut)
+    kept = [value for i, value in zip(task.pulled, operands[first:last], strict=True) if i not in cut]
+    return replace(task, pulled=pulled), [*operands[:first], *kept, *operands[last:]]
+
+
+def _one_call(task: Once, operands: Sequence[Array]) -> list[Array]:
     call = task.call
     points = [_to_wire(task, point, value, 0) for point, value in zip(call.points, operands, strict=False)]
     given = _arguments(call, points)
@@ -187,7 +227,7 @@ def _arguments(call: Call, points: list[Array]) -> dict[str, Any]:
         "targets": by_place["target"] or None,
         "loss": call.loss,
         "train": call.train,
-        "seed": None if seed is None else int(seed[0]) << 32 | int(seed[1]),
+        "seed": call.fixed_seed if seed is None else int(seed[0]) << 32 | int(seed[1]),
         "timeout": call.timeout,
     }
 
@@ -207,9 +247,7 @@ def _ones(task: Once, out: Out) -> Array:
 
 
 def _has_rows(task: Once, like: Point | Out) -> bool:
-    return task.rows is not None and (
-        (isinstance(like, Out) and task.call.loss is None) or getattr(like, "batched", False)
-    )
+    return task.rows is not None and like.batched
 
 
 def _lead(task: Once, like: Point | Out) -> Shape:
@@ -245,7 +283,7 @@ def _from_wire(task: Once, like: Point | Out, value: Array, lead: Shape) -> Arra
         raise TypeError(
             f"model {task.call.model.name!r}: the {what} {like.name or 'output'!r} is "
             f"{value.dtype}{list(value.shape)}, announced was {like.dtype}{[*lead, *expected]}; "
-            "where outputs= was given to remote_function, correct it"
+            "remote_function(..., outputs=) says what it is"
         )
     if rows is None:
         return value

@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from pullback._arrays import is_differentiable
 from pullback._model import RemoteModel
 from pullback._remote_call import _named
 from pullback.torch._convert import to_torch
@@ -81,6 +82,8 @@ class _Call:
     def wrt(self, argnums: Argnums) -> list[str]:
         """The inputs at these positions."""
         numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+        if not numbers or not all(isinstance(number, int) for number in numbers):
+            raise TypeError(f"argnums is {argnums!r}, expected an int or a tuple of them")
         if any(not -len(self.positions) <= number < len(self.positions) for number in numbers):
             raise ValueError(f"argnums is {argnums}, and {len(self.positions)} arguments are given by position")
         return [f"input:{self.positions[number]}" for number in numbers]
@@ -97,6 +100,15 @@ class _Call:
             return to_torch(array, self.device)
         like = self.inputs[wrt.removeprefix("input:")]
         return torch.zeros_like(like) if isinstance(like, torch.Tensor) else torch.from_numpy(np.zeros_like(like))
+
+
+def _moving(function: Hosted, primals: Any, tangents: Any) -> _Call:
+    """The tangents by name. Raises TypeError where there is not one for each primal."""
+    if not isinstance(primals, tuple | list) or not isinstance(tangents, tuple | list):
+        raise TypeError("primals and tangents are tuples, also where there is one of each")
+    if len(primals) != len(tangents):
+        raise TypeError(f"{len(tangents)} tangents are given for {len(primals)} primals; None is one that stands still")
+    return _Call(function, tuple(tangents), {})
 
 
 def _as_given(found: list[Any], one: bool) -> Any:
@@ -118,7 +130,10 @@ def vjp(function: Hosted, *primals: Any) -> tuple[Any, Callable[[Any], tuple[tor
     outputs = call.model.evaluate(call.inputs, **call.options)
 
     def pull(cotangents: Any) -> tuple[torch.Tensor, ...]:
-        given = [*cotangents.values()] if isinstance(cotangents, Mapping) else [cotangents]
+        every = [*cotangents.values()] if isinstance(cotangents, Mapping) else cotangents
+        given = [
+            one for one in (every if isinstance(every, tuple | list) else [every]) if isinstance(one, torch.Tensor)
+        ]
         _check_plain(given)
         if torch.is_grad_enabled() and any(one.requires_grad for one in given):
             raise RuntimeError(_GRAPHLESS.format("a cotangent"))
@@ -132,8 +147,8 @@ def vjp(function: Hosted, *primals: Any) -> tuple[Any, Callable[[Any], tuple[tor
 
 def jvp(function: Hosted, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """The outputs and J t. A tangent that is None stands still."""
-    call = _Call(function, primals, {})
-    moving = _Call(function, tangents, {})
+    moving = _moving(function, primals, tangents)
+    call = _Call(function, tuple(primals), {})
     result = call.model.jvp(call.inputs, {f"input:{name}": t for name, t in moving.inputs.items()}, **call.options)
     if not isinstance(result.outputs, Mapping):
         return call.tensor(result.outputs), call.tensor(result.tangents)
@@ -167,8 +182,9 @@ def grad(function: Hosted, argnums: Argnums = 0) -> Callable[..., Tensors]:
 def hvp(function: Hosted, inputs: Any, v: Any) -> tuple[torch.Tensor, Tensors]:
     """Of a model that returns one real number: that number and the Hessian times v. inputs, v: one, or tuples."""
     many = isinstance(inputs, tuple)
-    call = _Call(function, inputs if many else (inputs,), {})
-    moving = _Call(function, v if many else (v,), {})
+    primals = inputs if many else (inputs,)
+    call = _Call(function, primals, {})
+    moving = _moving(function, primals, v if isinstance(v, tuple) else (v,))
     wrt = call.wrt(tuple(range(len(call.positions))))
     tangents = {f"input:{name}": t for name, t in moving.inputs.items()}
     result = call.model.hvp(call.inputs, tangents, wrt=wrt, allow_unused=True, **call.options)
@@ -188,6 +204,11 @@ def jacrev(function: Hosted, argnums: Argnums = 0) -> Callable[..., Any]:
         for ((row, _), block), name in zip(blocks.items(), wrt * len(blocks), strict=False):
             output = outputs[row] if isinstance(outputs, Mapping) else outputs
             found.setdefault(row, []).append(_block(call, block, call.tensor(output), call.gradient(None, name)))
+        if isinstance(outputs, Mapping):
+            # What is cut off from the inputs has no blocks; torch.func has zeros for it.
+            for row in [row for row, output in outputs.items() if row not in found and is_differentiable(output)]:
+                likes = [call.gradient(None, name) for name in wrt]
+                found[row] = [_block(call, None, call.tensor(outputs[row]), like) for like in likes]
         result = {row: _as_given(parts, isinstance(argnums, int)) for row, parts in found.items()}
         return result if isinstance(outputs, Mapping) else next(iter(result.values()))
 

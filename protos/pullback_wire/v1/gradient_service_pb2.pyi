@@ -572,7 +572,9 @@ class ComputeJacobianResponse(google.protobuf.message.Message):
 
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Block]:
-        """One block for each pair of differentiable output and `wrt`, outputs outermost; shape = output's + wrt's."""
+        """One block for each pair of floating-point output and `wrt`, outputs outermost; shape = output's + wrt's. The blocks
+        of an output that depends on no `wrt`, a detached one say, are there too, with `unused` set.
+        """
 
     @property
     def payloads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:

@@ -581,7 +581,9 @@ Global___Batching: typing_extensions.TypeAlias = Batching
 
 @typing.final
 class Orders(google.protobuf.message.Message):
-    """Which derivatives of a model are promised to be right; others are refused with ORDER_UNAVAILABLE."""
+    """Which derivatives of a model are promised to be computed. What is beyond them is refused with ORDER_UNAVAILABLE or
+    computed and right, as the operations that one call went through allow; it is never a wrong number.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
