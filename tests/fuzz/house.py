@@ -67,6 +67,13 @@ class Findings:
         else:
             self.told["OK"] += 1
 
+    def message(self, text: str, data: bytes | Sequence[bytes] = b"") -> None:
+        """The `error_message` of an answer on a stream of inferences."""
+        reason = text.rpartition("[")[2].removesuffix("]") if text else "OK"
+        self.told[reason] += 1
+        if text and (reason not in Reason.__members__ or Reason[reason] in _NEVER):
+            self.found(f"an answer on a stream says {text}", data)
+
     def _check(self, code: int, details: Iterable[Any], text: str, data: bytes | Sequence[bytes]) -> None:
         info = error_details_pb2.ErrorInfo()
         if not any(detail.Unpack(info) for detail in details) or info.domain != ERROR_DOMAIN:

@@ -155,6 +155,27 @@ def test_parameters_of_the_schedule(caller: Caller) -> None:
     refused(lambda: caller.infer("cube", {"x": X}, parameters={"timeout": 1}), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
 
 
+def test_requests_that_differ_in_little_are_not_taken_for_one_another(caller: Caller) -> None:
+    """What was asked before is known by its bytes: parameters, outputs, id, datatypes and shapes count."""
+    x, v = np.arange(1.0, 7.0).reshape(2, 3), np.full((2, 3), 2.0)
+    given = {"x": x, "grad_output:output": v}
+    as_one = {"x": x.reshape(3, 2), "grad_output:output": v.reshape(3, 2)}
+    as_integers = {"x": x.view(np.int64)}
+    for _ in range(2):
+        for raw in (True, False):
+            assert list(caller.infer("cube", {"x": x}, raw=raw)) == ["output"]
+            assert list(caller.infer("cube@vjp", given, raw=raw)) == ["output", "grad:x"]
+            assert list(caller.infer("cube@vjp", given, raw=raw, outputs=["grad:x"])) == ["grad:x"]
+            clipped = caller.call("ModelInfer", infer("cube@vjp", given, raw=raw, parameters={"max_norm": 1.0}))
+            np.testing.assert_allclose(np.linalg.norm(arrays(clipped)["grad:x"]), 1.0, rtol=1e-5)
+            np.testing.assert_array_equal(caller.infer("cube@vjp", given, raw=raw)["grad:x"], 3 * x**2 * v)
+            assert caller.infer("cube@vjp", as_one, raw=raw)["grad:x"].shape == (3, 2)
+            assert caller.infer("identity", as_integers, raw=raw)["output"].dtype == np.int64
+            assert caller.infer("identity", {"x": x}, raw=raw)["output"].dtype == np.float64
+            for id in ("", "a", "b"):
+                assert caller.call("ModelInfer", infer("cube", {"x": x}, raw=raw, id=id)).id == id
+
+
 def test_callers_are_merged_with_those_of_our_own_rpcs(caller: Caller, ours: pullback.Client) -> None:
     """One road: what is asked at the same time may be computed together, and each gets its own rows."""
     rng = np.random.default_rng(3)
@@ -191,6 +212,11 @@ def test_metadata(caller: Caller) -> None:
     assert "grad_output:product" in [one.name for one in found.inputs]
     assert "grad_output:count" not in [one.name for one in found.inputs]
     assert [one.name for one in found.outputs][-3:] == ["grad:x", "grad:y", "grad:scale"]
+    shapes = {one.name: list(one.shape) for one in [*found.inputs, *found.outputs]}
+    assert (shapes["product"], shapes["parts.1"], shapes["grad:scale"]) == ([-1], [], [])
+    assert shapes["grad_output:product"] == shapes["grad:x"] == [-1]
+    config = caller.call("ModelConfig", pb.ModelConfigRequest(name="mlp")).config
+    assert [list(one.dims) for one in config.output] == [[-1, 10]]
     config = caller.call("ModelConfig", pb.ModelConfigRequest(name="mixed@hvp")).config
     optional = {one.name: one.optional for one in config.input}
     assert (optional["x"], optional["scale"], optional["tangent:x"]) == (False, True, True)
@@ -378,7 +404,11 @@ def test_very_many_fields_are_not_walked_through(caller: Caller) -> None:
     header = pb.ModelInferRequest(model_name="cube").SerializeToString()
     for data, part in (
         (header + b"\x3a\x00" * 200_000, "fields"),
-        (header + b"\x2a\x00" * 100_000, "inputs"),
+        (header + b"\x2a\x00" * 100_000, "fields"),
+        (header + b"\x2a\x00" * 10_000, "inputs"),
+        # Each of these took seconds, in which nobody else was answered.
+        (header + (_field(5, _field(2, b"BOOL") + _field(3, b"\x01")) + _field(7, b"\x01")) * 60_000, "fields"),
+        (header + _field(4, b"\x0a\x01p") * 60_000, "fields"),
         (header + _field(5, b"\x18\x01" * 1000), "fields"),
         (header + _field(5, _field(2, b"FP32") + _field(3, b"\x01") + _field(5, b"\x32\x00" * 5000)), "fields"),
         (header + b"\x1a" + _varint(5 << 20) + bytes(5 << 20), "besides contents"),

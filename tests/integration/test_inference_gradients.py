@@ -92,6 +92,8 @@ def test_what_is_asked_for_is_what_is_computed(caller: Caller) -> None:
     for outputs, parameters in ((["grad:z"], {}), (["grad:x"], {"wrt": "y"}), (["grad:*"], {}), (["hvp:x"], {})):
         refused(lambda o=outputs, p=parameters: caller.infer("mixed@vjp", inputs, outputs=o, parameters=p),
                 "INVALID_ARGUMENT")  # fmt: skip
+    # It was no parameter that said so.
+    refused(lambda: caller.infer("mixed@vjp", inputs, outputs=["grad:z"]), "INVALID_ARGUMENT", "outputs: ", "'z'")
     refused(
         lambda: caller.infer("mixed@vjp", inputs, parameters={"wrt": "count"}), "INVALID_ARGUMENT", "parameters[wrt]"
     )

@@ -11,13 +11,17 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.numpy import save_file
 from tests.inference_wire import Caller, arrays, infer
 from tests.serving import Served
 
+from pullback_server import Server
 from pullback_server.rpc import new_key
+from pullback_wire import MODEL_METHODS
 from pullback_wire.inference import INFERENCE_METHODS, INFERENCE_SERVICE
 from pullback_wire.inference import open_inference_pb2 as pb
 
@@ -38,6 +42,19 @@ def slow(x):
 def secret(x):
     return x * 3
 """
+#: One that can be unloaded; `a` tells its versions apart.
+SCALE = """
+import torch
+from pullback_server import model
+
+@model("scale")
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    def forward(self, x):
+        return self.a * x
+"""
 X = np.arange(3.0)[None]
 CODE = grpc.StatusCode
 
@@ -47,6 +64,11 @@ class Rig:
 
     def __init__(self, folder: Path) -> None:
         (folder / "models.py").write_text(MODELS)
+        self.scale = folder / "repository/scale"
+        self.scale.mkdir(parents=True)
+        (self.scale / "model.py").write_text(SCALE)
+        (self.scale / "model.toml").write_text("")
+        self.put("1", 2.0)
         self.tokens: dict[str, str] = {}
         text = '[anonymous]\nrights = ["metrics"]\n'
         for name, rights, models, quota in (
@@ -54,17 +76,48 @@ class Rig:
             ("holder", ["session"], ["*"], {}),
             ("scraper", ["metrics"], ["*"], {}),
             ("few", ["call"], ["*"], {"bytes_per_second": 4000.0}),
+            ("many", ["call", "admin"], ["*"], {}),
+            ("leaver", ["call"], ["*"], {}),
         ):
             self.tokens[name], entry = new_key(name, rights, models, quota)
             text += entry
+            if name == "leaver":
+                self.rest, self.leaver = text.removesuffix(entry), entry
         self.file = folder / "principals.toml"
         self.file.write_text(text)
-        options = ("--principals", "principals.toml", "--devices", "cpu:2", "--access-log", "--log-format", "json")
+        options = (
+            "--principals",
+            "principals.toml",
+            "--repository",
+            "repository",
+            "--repository-mode",
+            "explicit",
+            "--load-model",
+            "scale",
+            "--devices",
+            "cpu:2",
+            "--access-log",
+            "--log-format",
+            "json",
+        )
         self.served = Served(folder, "models.py", *options)
 
     def caller(self, name: str | None) -> Caller:
         metadata = [] if name is None else [("authorization", f"Bearer {self.tokens[name]}")]
         return Caller(self.served.target, metadata)
+
+    def put(self, version: str, a: float) -> None:
+        """A version of `scale`."""
+        partial = self.scale / "partial"
+        partial.mkdir()
+        save_file({"a": np.array(a)}, partial / "weights.safetensors")
+        partial.rename(self.scale / version)
+
+    def admin(self, name: str, /, **about: Any) -> None:
+        """A call of ModelService."""
+        method, many = MODEL_METHODS[name], self.caller("many")
+        data = method.request(**about).SerializeToString()
+        many.channel.unary_unary(method.path)(data, timeout=60, metadata=many.metadata)
 
     def lines(self) -> list[dict[str, Any]]:
         """Of the access log."""
@@ -234,6 +287,60 @@ def test_a_client_that_leaves_leaves_nothing_behind(rig: Rig) -> None:
         eventually(lambda gauge=gauge, labels=labels: rig.sample(gauge, **labels), 0.0)
 
 
+def test_names_of_models_that_there_are_not_are_not_kept(rig: Rig) -> None:
+    """A stream may last for days, and a caller may make up as many names."""
+    feed: queue.Queue[Any] = queue.Queue()
+    call = rig.caller("many").stream(iter(feed.get, None))
+    front = psutil.Process(rig.served.process.pid)
+    before = front.memory_info().rss
+    for number in range(16):
+        feed.put(infer(f"{number}" + "x" * (3 << 20), {"x": X}))
+        assert "[MODEL_NOT_FOUND]" in next(call).error_message
+    # Each was held several times over.
+    assert front.memory_info().rss - before < 16 * (3 << 20) * 2
+    feed.put(None)
+    assert not list(call)
+
+
+def test_clients_that_vanish_are_no_failure_of_the_server(rig: Rig) -> None:
+    big = infer("square", {"x": np.zeros((1, 1 << 19))})
+    for _ in range(3):
+        alice = rig.caller("alice")
+        list(alice.stream(iter([infer("square", {"x": X})])))
+        call = alice.stream(iter([big] * 8))
+        # It is not read, so that the server is about to write.
+        eventually(lambda: rig.sample("pullback_requests_in_flight", method="ModelStreamInfer"), 0.0)
+        time.sleep(0.3)
+        call.cancel()
+        alice.channel.close()
+    time.sleep(0.3)
+    assert "failed inside the server" not in rig.served.log.read_text()
+
+
+def test_a_client_that_does_not_read_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "big.py").write_text(MODELS)
+    with Server(tmp_path / "big.py", threads=1, max_call_seconds=2.0) as server:
+        caller = Caller(server.target)
+        call = caller.stream(iter([infer("square", {"x": np.zeros((1, 1 << 19))})] * 40))
+        next(call)
+        time.sleep(3)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+    assert caught.value.code() is CODE.DEADLINE_EXCEEDED
+    assert "has not read" in caught.value.details()
+
+
+def test_an_open_stream_ends_with_the_right_to_it(rig: Rig) -> None:
+    feed: queue.Queue[Any] = queue.Queue()
+    call = rig.caller("leaver").stream(iter(feed.get, None))
+    feed.put(infer("square", {"x": X}))
+    assert not next(call).error_message
+    rig.file.write_text(rig.rest)
+    code, text = code_of(lambda: next(call))
+    assert (code, "token" in text) == (CODE.UNAUTHENTICATED, True)
+    feed.put(None)
+
+
 # What is told of calls.
 
 
@@ -259,6 +366,40 @@ def test_calls_are_counted_and_logged(rig: Rig) -> None:
     # A stream's requests can be told from one another.
     assert {line["request_id"] for line in lines[2:]} == {"triton-7/1", "triton-7/2"}
     assert "ModelInfer" in rig.served.get("/")
+
+
+@pytest.mark.parametrize("length", [0, 1, 120, 126, 128, 129])
+def test_ids_of_any_length(rig: Rig, length: int) -> None:
+    """What stands behind the id of a stream makes none too long; one that is none is refused as elsewhere."""
+    alice = rig.caller("alice")
+    alice.metadata = (*alice.metadata, ("pullback-request-id", "i" * length))
+    if not 1 <= length <= 128:
+        assert code_of(lambda: list(alice.stream(iter([infer("square", {"x": X})]))))[0] is CODE.INVALID_ARGUMENT
+        return
+    answers = list(alice.stream(iter([infer("square", {"x": X})] * 11)))
+    assert [answer.error_message for answer in answers] == [""] * 11
+    expected = "i" * min(length, 125) + "/11"
+    eventually(lambda: any(line["request_id"] == expected for line in rig.lines()), True)
+
+
+def test_a_model_that_was_known_changes_and_goes(rig: Rig) -> None:
+    """Requests that are known by their bytes are about the model that there is now."""
+    many = rig.caller("many")
+    given = {"x": X, "grad_output:output": np.ones_like(X)}
+
+    def grad() -> float:
+        return float(many.infer("scale@vjp", given, outputs=["grad:x"])["grad:x"][0, 0])
+
+    assert [grad(), grad()] == [2.0, 2.0]
+    rig.put("2", 3.0)
+    rig.admin("LoadModel", name="scale")
+    eventually(grad, 3.0)
+    assert many.call("ModelMetadata", pb.ModelMetadataRequest(name="scale@vjp")).versions[-1] == "2"
+    rig.admin("UnloadModel", name="scale")
+    for _ in range(2):
+        code, text = code_of(grad)
+        assert (code, "model_name" in text) == (CODE.NOT_FOUND, True), text
+    assert not many.call("ModelReady", pb.ModelReadyRequest(name="scale@vjp")).ready
 
 
 def test_timings_and_request_ids_come_back(rig: Rig) -> None:

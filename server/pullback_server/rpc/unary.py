@@ -38,7 +38,7 @@ class Call:
     computed: Computed | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
     """What a request came to: a result, or a fault."""
 
