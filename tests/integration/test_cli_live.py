@@ -81,8 +81,9 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 @contextlib.contextmanager
-def started(*arguments: str, **streams: Any) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-m", "pullback", *arguments], text=True, **streams)
+def started(*arguments: str, by: tuple[str, ...] = (), **streams: Any) -> Iterator[subprocess.Popen[str]]:
+    """by: a command that starts it."""
+    process = subprocess.Popen([*by, sys.executable, "-m", "pullback", *arguments], text=True, **streams)
     try:
         yield process
     finally:
@@ -266,14 +267,9 @@ def test_top_on_a_terminal(server: Server, key: str) -> None:
     line = ("top", "--interval", "0.2", "--metrics", f"http://127.0.0.1:{server.metrics_port}")
     environment = {**os.environ, "TERM": "xterm-256color"}
     try:
-        # Controlling, so that Ctrl-C is a signal.
-        with (
-            load(server),
-            started(
-                *line, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment, start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            ) as process,
-        ):  # fmt: skip
+        # Controlling, so that Ctrl-C is a signal. By setsid, as Python code after a fork does not go with gRPC's threads.
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}
+        with load(server), started(*line, by=("setsid", "--ctty"), env=environment, **streams) as process:
             wait_for(lambda: re.search(r"mlp +1 ready +[1-9]", shown.text()))
             # Calls since the start, as they were drawn one after the other.
             wait_for(lambda: len(set(re.findall(r"mlp +1 ready .*?([\d,]+) +\d+ *\r?\n", shown.text()))) >= 3)
