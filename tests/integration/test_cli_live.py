@@ -267,7 +267,7 @@ def test_top_on_a_terminal(server: Server, key: str) -> None:
     line = ("top", "--interval", "0.2", "--metrics", f"http://127.0.0.1:{server.metrics_port}")
     environment = {**os.environ, "TERM": "xterm-256color"}
     try:
-        # Controlling, so that Ctrl-C is a signal. By setsid, as Python code after a fork does not go with gRPC's threads.
+        # Controlling, so that Ctrl-C is a signal; by setsid, as gRPC's threads do not bear Python code after a fork.
         streams = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}
         with load(server), started(*line, by=("setsid", "--ctty"), env=environment, **streams) as process:
             wait_for(lambda: re.search(r"mlp +1 ready +[1-9]", shown.text()))
