@@ -265,7 +265,9 @@ def test_top_on_a_terminal(server: Server, key: str) -> None:
     shown = Shown(ours)
     before = termios.tcgetattr(theirs)
     line = ("top", "--interval", "0.2", "--metrics", f"http://127.0.0.1:{server.metrics_port}")
-    environment = {**os.environ, "TERM": "xterm-256color"}
+    # Without the size that test runners tell of their own output.
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment["TERM"] = "xterm-256color"
     try:
         # Controlling, so that Ctrl-C is a signal; by setsid, as gRPC's threads do not bear Python code after a fork.
         streams = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,9 @@ def learn_shapes(hosted: HostedModel, ground: Ground) -> None:
         # What these would do is not known.
         return
     try:
-        found = _Learner(_at_hand(hosted), ground)()
+        # A warning about made-up numbers is nobody's, and one that was shown would not be shown to whom it concerns.
+        with warnings.catch_warnings(action="ignore"):
+            found = _Learner(_at_hand(hosted), ground)()
     except _Unknown:
         return
     if list(found) == [output.name for output in hosted.outputs]:
