@@ -81,11 +81,6 @@ def learn_shapes(hosted: HostedModel, ground: Ground) -> None:
         ]
 
 
-def without_shapes(outputs: Iterable[SpecRecord]) -> list[SpecRecord]:
-    """What the signature says of outputs besides."""
-    return [SpecRecord(output.name, output.dtype) for output in outputs]
-
-
 def _at_hand(hosted: HostedModel) -> HostedModel:
     """The model on the CPU: an index out of range, as an extent may make it, costs a CUDA device's context.
 
